@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Why a guest stopped, in neutral words. A vendor decodes its raw exit into this; one `match` handles it.
+#![forbid(unsafe_code)]
+
+use super::event::Exception;
+use crate::arch::Gpa;
+
+/// A non-string port access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortAccess {
+    pub port: u16,
+    /// 1, 2 or 4 bytes.
+    pub size_bytes: u8,
+    pub input: bool,
+    /// INS or OUTS: the emulator does it.
+    pub string: bool,
+}
+
+/// A guest physical access that the nested tables refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedFault {
+    pub gpa: Gpa,
+    pub write: bool,
+    pub execute: bool,
+    /// The translation was present: a permission was missing.
+    pub present: bool,
+    /// The access was the guest's own page walk, not its data.
+    pub walk: bool,
+}
+
+/// Direction and register of a control or debug register move, where the CPU decodes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterMove {
+    /// 0 to 15.
+    pub register: u8,
+    pub write: bool,
+    /// General-purpose register, 0 to 15; `None` when the CPU has no decode assist, or for LMSW, CLTS and SMSW.
+    pub gpr: Option<u8>,
+}
+
+/// Why the guest stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A host interrupt is pending; it is taken as soon as interrupts are on.
+    HostInterrupt,
+    /// A host NMI was pending; it has been taken.
+    HostNmi,
+    /// The guest can take an interrupt now, and somebody waits for that.
+    InterruptWindow,
+    /// The guest left its NMI handler.
+    NmiWindow,
+    Exception(Exception),
+    Cpuid,
+    Hlt,
+    Pause,
+    /// VMCALL or VMMCALL.
+    Hypercall,
+    Rdmsr,
+    Wrmsr,
+    Rdpmc,
+    Rdtsc,
+    Rdtscp,
+    Invd,
+    Wbinvd,
+    Monitor,
+    Mwait,
+    Xsetbv,
+    Port(PortAccess),
+    ControlRegister(RegisterMove),
+    DebugRegister(RegisterMove),
+    NestedFault(NestedFault),
+    /// An instruction that this virtual CPU does not have: #UD.
+    UndefinedInstruction,
+    /// Triple fault.
+    Shutdown,
+    /// The entry failed: the hardware reason, for KVM_EXIT_FAIL_ENTRY.
+    EntryFailure { reason: u64 },
+    /// A reason nobody asked for: INTERNAL_ERROR.
+    Unknown { reason: u64 },
+}
