@@ -64,5 +64,8 @@ pub enum Event {
     Nmi,
     Exception(Exception),
     /// INT n, INT3 or INTO seen in the middle of its delivery: the instruction runs again instead.
-    Software { vector: u8, length_bytes: u8 },
+    Software {
+        vector: u8,
+        length_bytes: u8,
+    },
 }

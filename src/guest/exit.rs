@@ -74,7 +74,11 @@ pub enum Exit {
     /// Triple fault.
     Shutdown,
     /// The entry failed: the hardware reason, for KVM_EXIT_FAIL_ENTRY.
-    EntryFailure { reason: u64 },
+    EntryFailure {
+        reason: u64,
+    },
     /// A reason nobody asked for: INTERNAL_ERROR.
-    Unknown { reason: u64 },
+    Unknown {
+        reason: u64,
+    },
 }
