@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Kernel crate root: the `krab` module.
+use kernel::prelude::*;
+
+#[path = "../rust/mod.rs"]
+mod glue;
+
+module! {
+    type: Krab,
+    name: "krab",
+    authors: ["The Krab developers"],
+    description: "Type-2 hypervisor with KVM's interface",
+    license: "GPL",
+}
+
+struct Krab;
+
+impl kernel::Module for Krab {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        pr_info!("loaded at {}\n", glue::tsc());
+        Ok(Krab)
+    }
+}
