@@ -8,6 +8,7 @@
 
 #include <linux/types.h>
 
-u64 krab_rdtsc(void);
+#include "cpu.h"
+
 
 #endif

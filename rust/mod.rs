@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Kernel glue: the only room that touches `bindings::`, C or kernel services.
+//! Kernel glue: the only room that touches `bindings::`, C or kernel services. What is `pub(crate)` here is all that the rest of
+//! the module sees, and all of it is safe to use from code that forbids unsafe.
 
 mod bindings;
-
-/// test
-pub(crate) fn tsc() -> u64 {
-    // SAFETY: RDTSC has no preconditions.
-    unsafe { bindings::krab_rdtsc() }
-}
+pub(crate) mod cpu;
+pub(crate) mod fpu;

@@ -5,6 +5,14 @@ use kernel::prelude::*;
 #[path = "../rust/mod.rs"]
 mod glue;
 
+mod abi;
+mod arch;
+mod emul;
+mod guest;
+mod irqchip;
+mod mmu;
+mod policy;
+
 module! {
     type: Krab,
     name: "krab",
@@ -17,7 +25,7 @@ struct Krab;
 
 impl kernel::Module for Krab {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        pr_info!("loaded at {}\n", glue::tsc());
+        pr_info!("loaded\n");
         Ok(Krab)
     }
 }

@@ -10,5 +10,6 @@ pub mod addr;
 pub mod cr;
 pub mod msr;
 pub mod segment;
+pub mod vmcb;
 
 pub use addr::{Gfn, Gpa, Gva, Hpa, Hva};

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* C side of rust/cpu.rs, rust/fpu.rs and rust/virt.rs. */
+#ifndef KRAB_CPU_H
+#define KRAB_CPU_H
+
+#include <linux/types.h>
+
+/* What the run loop must know of this host's CPUs; filled once at load. */
+struct krab_host_features {
+	bool svm;
+	bool npt;
+	bool next_rip;
+	bool decode_assists;
+	bool flush_by_asid;
+	bool fsgsbase;
+	bool xsave;
+	bool pku;
+	bool rdtscp;
+	bool spec_ctrl;
+	bool la57;
+};
+
+void krab_host_features(struct krab_host_features *features);
+int krab_rdmsr_safe(u32 msr, u64 *value);
+int krab_wrmsr_safe(u32 msr, u64 value);
+u64 krab_host_spec_ctrl(void);
+u64 krab_host_dr7(void);
+void krab_machine_check(void);
+
+void krab_cpuid(u32 leaf, u32 subleaf, u32 *out);
+unsigned int krab_this_cpu(void);
+unsigned int krab_cpu_ids(void);
+void krab_on_each_cpu(void (*fn)(void *), void *arg);
+void krab_cpus_read_lock(void);
+void krab_cpus_read_unlock(void);
+int krab_cpuhp_setup(int (*up)(unsigned int cpu), int (*down)(unsigned int cpu));
+void krab_cpuhp_remove(int state);
+
+/* Loading and saving a guest's extended state; 0, or -EFAULT when the CPU refused the image. */
+int krab_xrstor(const void *area, u64 mask);
+void krab_xsave(void *area, u64 mask);
+int krab_xsetbv(u64 xcr0);
+u64 krab_xgetbv(void);
+u32 krab_read_pkru(void);
+void krab_write_pkru(u32 pkru);
+void krab_fpu_begin(void);
+void krab_fpu_end(void);
+void krab_swap_debug_registers(u64 *registers);
+void krab_write_dr7(u64 dr7);
+
+#endif

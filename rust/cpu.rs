@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The CPU that code runs on: what must be off while it runs, its model-specific registers, its features.
+use core::{ffi::c_void, marker::PhantomData};
+
+use kernel::prelude::*;
+
+use super::bindings;
+
+pub(crate) use bindings::krab_host_features as HostFeatures;
+
+/// Proof that interrupts are off on this CPU, for as long as the guard lives.
+///
+/// # Invariants
+///
+/// Interrupts were turned off by [`IrqsOff::new`] on this CPU and are not turned on before the drop. The type is neither `Send`
+/// nor `Sync`.
+pub(crate) struct IrqsOff(PhantomData<*mut ()>);
+
+impl IrqsOff {
+    /// Turns interrupts off. They must be on; nesting is not supported.
+    #[inline]
+    pub(crate) fn new() -> Self {
+        // SAFETY: CLI has no memory effects; the guard's drop turns interrupts on again.
+        unsafe { core::arch::asm!("cli", options(nostack)) };
+        // INVARIANT: interrupts are off now.
+        Self(PhantomData)
+    }
+}
+
+impl Drop for IrqsOff {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: by the type's invariant interrupts were on before, so they may be turned on.
+        unsafe { core::arch::asm!("sti", options(nostack)) };
+    }
+}
+
+/// What this host's CPUs have.
+pub(crate) fn host_features() -> HostFeatures {
+    let mut features = HostFeatures::default();
+    // SAFETY: `features` is valid for writing.
+    unsafe { bindings::krab_host_features(&mut features) };
+    features
+}
+
+/// Reads an MSR. `EIO` when the CPU does not have it.
+pub(crate) fn read_msr(msr: u32) -> Result<u64> {
+    let mut value = 0;
+    // SAFETY: `value` is valid for writing; a fault is caught by the exception table.
+    match unsafe { bindings::krab_rdmsr_safe(msr, &mut value) } {
+        0 => Ok(value),
+        _ => Err(EIO),
+    }
+}
+
+/// Writes an MSR. `EIO` when the CPU refuses.
+///
+/// # Safety
+///
+/// The new value must not break what the kernel and other code on this CPU rely on.
+pub(crate) unsafe fn write_msr(msr: u32, value: u64) -> Result {
+    // SAFETY: a fault is caught by the exception table; the effect is the caller's promise.
+    match unsafe { bindings::krab_wrmsr_safe(msr, value) } {
+        0 => Ok(()),
+        _ => Err(EIO),
+    }
+}
+
+/// CPUID on this CPU: EAX, EBX, ECX, EDX.
+pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let mut out = [0; 4];
+    // SAFETY: `out` has room for the four registers.
+    unsafe { bindings::krab_cpuid(leaf, subleaf, out.as_mut_ptr()) };
+    out
+}
+
+/// Number of the current CPU. Only a hint unless the caller cannot migrate.
+#[inline]
+pub(crate) fn current() -> usize {
+    // SAFETY: reading the CPU number is always allowed.
+    unsafe { bindings::krab_this_cpu() as usize }
+}
+
+/// One more than the highest possible CPU number.
+pub(crate) fn ids() -> usize {
+    // SAFETY: set once at boot.
+    unsafe { bindings::krab_cpu_ids() as usize }
+}
+
+/// SPEC_CTRL as the host wants it on this CPU.
+#[inline]
+pub(crate) fn host_spec_ctrl(_irqs: &IrqsOff) -> u64 {
+    // SAFETY: a per-CPU read; interrupts are off, so the CPU does not change.
+    unsafe { bindings::krab_host_spec_ctrl() }
+}
+
+/// Hands a machine check that ended a guest's run to the host.
+pub(crate) fn deliver_machine_check(_irqs: &IrqsOff) {
+    // SAFETY: raises the host's own machine-check handler, which may run at any point.
+    unsafe { bindings::krab_machine_check() };
+}
+
+/// Runs `f` on every online CPU with interrupts off and waits.
+pub(crate) fn on_each<F: Fn() + Sync>(f: F) {
+    unsafe extern "C" fn call<F: Fn() + Sync>(arg: *mut c_void) {
+        // SAFETY: `arg` is the reference passed below, alive until every call is over.
+        let f = unsafe { &*arg.cast::<F>() };
+        f()
+    }
+    // SAFETY: the call waits until `f` ran on every CPU, so the borrow is long enough; `F: Sync` allows the sharing.
+    unsafe { bindings::krab_on_each_cpu(Some(call::<F>), (&raw const f).cast_mut().cast()) };
+}

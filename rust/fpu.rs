@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Guest extended state: x87, SSE, AVX and what else XSAVE manages, DR0 to DR3 and TSC_AUX.
+//!
+//! A [`Window`] is a stretch of kernel code in which this CPU holds the guest's extended state. Preemption and bottom halves are off
+//! in it and the kernel does not use the FPU; interrupts may come in. Supervisor states (XSS) are not supported.
+use core::marker::PhantomData;
+
+use kernel::prelude::*;
+
+use super::{bindings, cpu};
+use crate::arch::{cr::xcr0, msr};
+
+/// The largest XSAVE image, in bytes, that a guest's area holds.
+pub(crate) const AREA_BYTES: usize = 4096 * 3;
+
+#[derive(Zeroable)]
+#[repr(C, align(4096))]
+struct Area([u8; AREA_BYTES]);
+
+/// A guest's extended state, in XSAVE's standard (not compacted) format.
+///
+/// # Invariants
+///
+/// `area` is 64-byte aligned and as large as XSAVE needs for `supported`, which is the host's XCR0.
+pub(crate) struct GuestFpu {
+    area: KBox<Area>,
+    supported: u64,
+    xcr0: u64,
+    has_pku: bool,
+    /// The guest's TSC_AUX, if it has one.
+    pub(crate) tsc_aux: Option<u64>,
+    /// The guest's DR0 to DR3.
+    pub(crate) breakpoints: [u64; 4],
+    /// Whether the guest's DR7 enables any of them.
+    pub(crate) breakpoints_enabled: bool,
+}
+
+impl GuestFpu {
+    /// Reset state. `ENOTSUPP` without XSAVE or when the host's image is larger than [`AREA_BYTES`].
+    pub(crate) fn new() -> Result<Self> {
+        let features = cpu::host_features();
+        // CPUID.0Dh.0:EBX is the size for what XCR0 has on now.
+        if !features.xsave || cpu::cpuid(0xD, 0)[1] as usize > AREA_BYTES {
+            return Err(ENOTSUPP);
+        }
+        let mut fpu = Self {
+            area: KBox::zeroed(GFP_KERNEL_ACCOUNT)?,
+            supported: host_xcr0(),
+            xcr0: xcr0::X87,
+            has_pku: features.pku,
+            tsc_aux: None,
+            breakpoints: [0; 4],
+            breakpoints_enabled: false,
+        };
+        fpu.reset();
+        Ok(fpu)
+    }
+
+    /// Extended state as after reset: FCW 040h, MXCSR 1F80h, every other component in its initial state. XCR0 is 1.
+    pub(crate) fn reset(&mut self) {
+        self.area.0.fill(0);
+        self.area.0[0..2].copy_from_slice(&0x40u16.to_le_bytes());
+        self.area.0[24..28].copy_from_slice(&0x1F80u32.to_le_bytes());
+        // XSTATE_BV: x87 and SSE come from the image, the rest is initial.
+        self.area.0[512..520].copy_from_slice(&(xcr0::X87 | xcr0::SSE).to_le_bytes());
+        self.xcr0 = xcr0::X87;
+    }
+
+    /// State components that the host manages: an upper bound for a guest's XCR0.
+    pub(crate) fn supported(&self) -> u64 {
+        self.supported
+    }
+
+    /// The guest's XCR0.
+    pub(crate) fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    /// Sets the guest's XCR0. `EINVAL` when the combination is not architectural or not supported. SDM "XSETBV".
+    pub(crate) fn set_xcr0(&mut self, value: u64) -> Result {
+        let avx512 = xcr0::OPMASK | xcr0::ZMM_HI256 | xcr0::HI16_ZMM;
+        let bad = value & !self.supported != 0
+            || value & xcr0::X87 == 0
+            || value & xcr0::AVX != 0 && value & xcr0::SSE == 0
+            || value & avx512 != 0 && (value & avx512 != avx512 || value & xcr0::AVX == 0)
+            || (value & xcr0::BNDREGS != 0) != (value & xcr0::BNDCSR != 0);
+        if bad {
+            return Err(EINVAL);
+        }
+        self.xcr0 = value;
+        Ok(())
+    }
+
+    /// The XSAVE image. Its first 512 bytes are FXSAVE's, then comes the 64-byte header.
+    pub(crate) fn image(&self) -> &[u8] {
+        &self.area.0
+    }
+
+    /// Replaces the start of the XSAVE image. `EINVAL` when XRSTOR would refuse it; then nothing changes.
+    pub(crate) fn set_image(&mut self, image: &[u8]) -> Result {
+        let word = |at: usize| image.get(at..at + 8).map(|b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
+        let (Some(components), Some(compacted), Some(mxcsr)) = (word(512), word(520), word(24)) else {
+            return Err(EINVAL);
+        };
+        let reserved = image.get(528..576).is_none_or(|bytes| bytes.iter().any(|&b| b != 0));
+        let Some(area) = self.area.0.get_mut(..image.len()) else { return Err(EINVAL) };
+        // MXCSR's mask of usable bits is 0FFFFh on every CPU with XSAVE, or 2FFFFh with misaligned SSE.
+        if components & !self.supported != 0 || compacted != 0 || reserved || mxcsr as u32 & !0x2_FFFF != 0 {
+            return Err(EINVAL);
+        }
+        area.copy_from_slice(image);
+        Ok(())
+    }
+
+    /// Loads the guest's state into this CPU until the window is dropped.
+    #[inline]
+    pub(crate) fn enter(&mut self) -> Window<'_> {
+        // SAFETY: called in process context with interrupts on; `Window`'s drop is the counterpart.
+        unsafe { bindings::krab_fpu_begin() };
+        let host_pkru = if self.has_pku {
+            // SAFETY: the host has PKU on.
+            unsafe { bindings::krab_read_pkru() }
+        } else {
+            0
+        };
+        // SAFETY: by the type's invariant the area is fit for XRSTOR with this mask. An image that the CPU refuses is caught by the
+        // exception table, and then no state of the guest is in the registers: FXRSTOR defaults from `reset` replace it.
+        if unsafe { bindings::krab_xrstor(self.area.0.as_ptr().cast(), self.supported) } != 0 {
+            let xcr0 = self.xcr0;
+            self.reset();
+            self.xcr0 = xcr0;
+            // SAFETY: as above; the reset image is valid.
+            unsafe { bindings::krab_xrstor(self.area.0.as_ptr().cast(), self.supported) };
+        }
+        if self.xcr0 != self.supported {
+            // SAFETY: `set_xcr0` lets only architectural values through; the kernel does not use XSAVE in this window.
+            unsafe { bindings::krab_xsetbv(self.xcr0) };
+        }
+        let host_tsc_aux = self.tsc_aux.map(|guest| {
+            let host = host_tsc_aux();
+            if host != guest {
+                // SAFETY: only user code reads TSC_AUX, and none runs on this CPU before the drop restores it.
+                let _ = unsafe { cpu::write_msr(msr::TSC_AUX, guest) };
+            }
+            host
+        });
+        if self.breakpoints_enabled {
+            // SAFETY: DR7 enables the host's own in the kernel only around hardware breakpoints, restored by the drop.
+            unsafe { bindings::krab_swap_debug_registers(self.breakpoints.as_mut_ptr()) };
+        }
+        Window { fpu: self, host_pkru, host_tsc_aux, not_send: PhantomData }
+    }
+}
+
+/// Proof that the guest's extended state is loaded. Preemption is off; interrupts are on unless the holder turned them off.
+pub(crate) struct Window<'a> {
+    fpu: &'a mut GuestFpu,
+    host_pkru: u32,
+    host_tsc_aux: Option<u64>,
+    not_send: PhantomData<*mut ()>,
+}
+
+impl Window<'_> {
+    /// The guest's XCR0 while its state is loaded.
+    pub(crate) fn xcr0(&self) -> u64 {
+        self.fpu.xcr0
+    }
+}
+
+impl Drop for Window<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        let fpu = &mut *self.fpu;
+        // VMRUN leaves DR7 with every breakpoint off.
+        // SAFETY: a per-CPU read; preemption is off in the window.
+        let host_dr7 = unsafe { bindings::krab_host_dr7() };
+        if fpu.breakpoints_enabled {
+            // SAFETY: gives the host its registers back and keeps the guest's.
+            unsafe { bindings::krab_swap_debug_registers(fpu.breakpoints.as_mut_ptr()) };
+        }
+        if host_dr7 != 0 {
+            // SAFETY: what the kernel itself had in DR7.
+            unsafe { bindings::krab_write_dr7(host_dr7) };
+        }
+        if let (Some(guest), Some(host)) = (fpu.tsc_aux, self.host_tsc_aux) {
+            if guest != host {
+                // SAFETY: the value that was there before.
+                let _ = unsafe { cpu::write_msr(msr::TSC_AUX, host) };
+            }
+        }
+        if fpu.xcr0 != fpu.supported {
+            // SAFETY: the host's own value.
+            unsafe { bindings::krab_xsetbv(fpu.supported) };
+        }
+        // SAFETY: by the type's invariant the area is large enough for this mask.
+        unsafe { bindings::krab_xsave(fpu.area.0.as_mut_ptr().cast(), fpu.supported) };
+        if fpu.has_pku {
+            // SAFETY: the host has PKU on; this is its own value.
+            unsafe { bindings::krab_write_pkru(self.host_pkru) };
+        }
+        // SAFETY: the counterpart of `enter`.
+        unsafe { bindings::krab_fpu_end() };
+    }
+}
+
+fn host_xcr0() -> u64 {
+    // SAFETY: the CPU has XSAVE and the kernel enabled it: the caller checked.
+    unsafe { bindings::krab_xgetbv() }
+}
+
+/// TSC_AUX of this CPU, by RDTSCP: no MSR access.
+#[inline]
+fn host_tsc_aux() -> u64 {
+    let aux: u32;
+    // SAFETY: a guest has TSC_AUX only where the host has RDTSCP.
+    unsafe { core::arch::asm!("rdtscp", out("ecx") aux, out("eax") _, out("edx") _, options(nomem, nostack)) };
+    aux.into()
+}
