@@ -7,6 +7,7 @@
 #include <asm/debugreg.h>
 #include <asm/fpu/api.h>
 #include <asm/fpu/xcr.h>
+#include <asm/io.h>
 #include <asm/msr.h>
 #include <asm/nospec-branch.h>
 #include <asm/special_insns.h>
@@ -54,6 +55,11 @@ u64 krab_host_dr7(void)
 void krab_machine_check(void)
 {
 	asm volatile("int $18");
+}
+
+u64 krab_virt_to_phys(const void *pointer)
+{
+	return virt_to_phys((void *)pointer);
 }
 
 void krab_cpuid(u32 leaf, u32 subleaf, u32 *out)

@@ -27,6 +27,7 @@ u64 krab_host_spec_ctrl(void);
 u64 krab_host_dr7(void);
 void krab_machine_check(void);
 
+u64 krab_virt_to_phys(const void *pointer);
 void krab_cpuid(u32 leaf, u32 subleaf, u32 *out);
 unsigned int krab_this_cpu(void);
 unsigned int krab_cpu_ids(void);

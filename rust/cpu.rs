@@ -14,7 +14,11 @@ pub(crate) use bindings::krab_host_features as HostFeatures;
 ///
 /// Interrupts were turned off by [`IrqsOff::new`] on this CPU and are not turned on before the drop. The type is neither `Send`
 /// nor `Sync`.
-pub(crate) struct IrqsOff(PhantomData<*mut ()>);
+pub(crate) struct IrqsOff {
+    /// Whether the drop turns interrupts on.
+    restore: bool,
+    not_send: PhantomData<*mut ()>,
+}
 
 impl IrqsOff {
     /// Turns interrupts off. They must be on; nesting is not supported.
@@ -23,13 +27,25 @@ impl IrqsOff {
         // SAFETY: CLI has no memory effects; the guard's drop turns interrupts on again.
         unsafe { core::arch::asm!("cli", options(nostack)) };
         // INVARIANT: interrupts are off now.
-        Self(PhantomData)
+        Self { restore: true, not_send: PhantomData }
+    }
+
+    /// For a callback that the kernel runs with interrupts off.
+    ///
+    /// # Safety
+    ///
+    /// Interrupts are off and stay off until the value is dropped.
+    pub(super) unsafe fn assume() -> Self {
+        Self { restore: false, not_send: PhantomData }
     }
 }
 
 impl Drop for IrqsOff {
     #[inline]
     fn drop(&mut self) {
+        if !self.restore {
+            return;
+        }
         // SAFETY: by the type's invariant interrupts were on before, so they may be turned on.
         unsafe { core::arch::asm!("sti", options(nostack)) };
     }
@@ -101,11 +117,12 @@ pub(crate) fn deliver_machine_check(_irqs: &IrqsOff) {
 }
 
 /// Runs `f` on every online CPU with interrupts off and waits.
-pub(crate) fn on_each<F: Fn() + Sync>(f: F) {
-    unsafe extern "C" fn call<F: Fn() + Sync>(arg: *mut c_void) {
+pub(crate) fn on_each<F: Fn(&IrqsOff) + Sync>(f: F) {
+    unsafe extern "C" fn call<F: Fn(&IrqsOff) + Sync>(arg: *mut c_void) {
         // SAFETY: `arg` is the reference passed below, alive until every call is over.
         let f = unsafe { &*arg.cast::<F>() };
-        f()
+        // SAFETY: a cross-CPU call runs with interrupts off, on the calling CPU too.
+        f(&unsafe { IrqsOff::assume() })
     }
     // SAFETY: the call waits until `f` ran on every CPU, so the borrow is long enough; `F: Sync` allows the sharing.
     unsafe { bindings::krab_on_each_cpu(Some(call::<F>), (&raw const f).cast_mut().cast()) };

@@ -5,3 +5,6 @@
 mod bindings;
 pub(crate) mod cpu;
 pub(crate) mod fpu;
+pub(crate) mod percpu;
+pub(crate) mod phys;
+pub(crate) mod virt;

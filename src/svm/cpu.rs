@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0
+//! SVM on this host: whether it may be used, and what each CPU keeps for it.
+#![forbid(unsafe_code)]
+
+use core::cell::Cell;
+
+use kernel::{prelude::*, sync::Arc};
+
+use super::insn;
+use crate::{
+    arch::msr,
+    glue::{
+        cpu::{self, HostFeatures, IrqsOff},
+        percpu::PerCpu,
+        phys::{Bytes, PhysBox},
+        virt::Hardware,
+    },
+};
+
+/// VM_CR: SVM is disabled. APM Vol. 2 "Enabling SVM".
+const VM_CR_SVMDIS: u64 = 1 << 4;
+
+/// What one CPU keeps.
+struct PerCpuState {
+    /// Where VMRUN keeps host state.
+    save_area: PhysBox<Bytes<4096>>,
+    /// Where VMSAVE keeps the rest of it.
+    host: PhysBox<Bytes<4096>>,
+    /// Whether we turned SVM on here.
+    ours: Cell<bool>,
+    asids: Cell<AsidPool>,
+}
+
+/// Address space identifiers are handed out upwards; when they run out, a new generation begins with a flush of the CPU's TLB.
+#[derive(Clone, Copy)]
+struct AsidPool {
+    generation: u64,
+    next: u32,
+}
+
+/// An identifier and when and where it is valid.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Asid {
+    pub(super) id: u32,
+    generation: u64,
+    cpu: usize,
+}
+
+/// AMD SVM on this host.
+pub(crate) struct Svm {
+    per_cpu: PerCpu<PerCpuState>,
+    pub(super) features: HostFeatures,
+    /// Number of identifiers, the host's 0 among them.
+    asid_count: u32,
+    pub(super) io_permissions: PhysBox<Bytes<{ 4 * 4096 }>>,
+    pub(super) msr_permissions: PhysBox<Bytes<{ 2 * 4096 }>>,
+}
+
+impl Svm {
+    /// Looks at the host. Each refusal is one line in the log: `ENODEV` without SVM, `EPERM` when firmware disabled it, `EOPNOTSUPP`
+    /// without nested paging.
+    pub(crate) fn probe() -> Result<Arc<Self>> {
+        let features = cpu::host_features();
+        if !features.svm {
+            pr_err!("this CPU has no SVM (or its hypervisor does not offer it): Krab needs AMD SVM with nested paging\n");
+            return Err(ENODEV);
+        }
+        if cpu::read_msr(msr::VM_CR).unwrap_or(0) & VM_CR_SVMDIS != 0 {
+            pr_err!("SVM is disabled by firmware: turn it on in the firmware's setup (often called SVM mode)\n");
+            return Err(EPERM);
+        }
+        if !features.npt {
+            pr_err!("this CPU has SVM but no nested paging, which Krab needs\n");
+            return Err(EOPNOTSUPP);
+        }
+        let per_cpu = PerCpu::new(|| {
+            Ok(PerCpuState {
+                save_area: PhysBox::new()?,
+                host: PhysBox::new()?,
+                ours: Cell::new(false),
+                asids: Cell::new(AsidPool { generation: 1, next: 1 }),
+            })
+        })?;
+        // CPUID.8000000Ah:EBX is the number of identifiers.
+        let asid_count = cpu::cpuid(0x8000_000A, 0)[1].max(2);
+        let mut io_permissions = PhysBox::<Bytes<{ 4 * 4096 }>>::new()?;
+        io_permissions.0.fill(0xFF);
+        let mut msr_permissions = PhysBox::<Bytes<{ 2 * 4096 }>>::new()?;
+        msr_permissions.0.fill(0xFF);
+        for msr in PASSED_THROUGH {
+            pass_through(&mut msr_permissions.0, msr);
+        }
+        Ok(Arc::new(Self { per_cpu, features, asid_count, io_permissions, msr_permissions }, GFP_KERNEL)?)
+    }
+
+    /// This CPU's save area for what VMRUN does not save.
+    #[inline]
+    pub(super) fn host_area<'a>(&'a self, irqs: &'a IrqsOff) -> &'a PhysBox<Bytes<4096>> {
+        &self.per_cpu.get(irqs).host
+    }
+
+    /// Makes sure that `asid` may be used on this CPU. Returns whether the whole TLB must be flushed by the next VMRUN.
+    #[inline]
+    pub(super) fn refresh_asid(&self, asid: &mut Asid, irqs: &IrqsOff) -> bool {
+        let state = self.per_cpu.get(irqs);
+        let mut pool = state.asids.get();
+        let cpu = cpu::current();
+        if asid.generation == pool.generation && asid.cpu == cpu {
+            return false;
+        }
+        let exhausted = pool.next >= self.asid_count;
+        if exhausted {
+            pool = AsidPool { generation: pool.generation.wrapping_add(1), next: 1 };
+        }
+        *asid = Asid { id: pool.next, generation: pool.generation, cpu };
+        pool.next += 1;
+        state.asids.set(pool);
+        exhausted
+    }
+}
+
+impl Asid {
+    /// Never to be used again: the next entry takes a fresh one, which is a flush of this guest's translations.
+    pub(super) fn forget(&mut self) {
+        self.generation = 0;
+    }
+}
+
+impl Hardware for Svm {
+    fn enable(&self, irqs: &IrqsOff) -> Result {
+        let state = self.per_cpu.get(irqs);
+        if insn::is_on(irqs)? {
+            return Err(EBUSY);
+        }
+        insn::turn_on(state.save_area.address(), irqs)?;
+        // Whatever another hypervisor left in the TLB under our identifiers goes with the new generation's flush.
+        let pool = state.asids.get();
+        state.asids.set(AsidPool { generation: pool.generation, next: self.asid_count });
+        state.ours.set(true);
+        Ok(())
+    }
+
+    fn disable(&self, irqs: &IrqsOff) {
+        let state = self.per_cpu.get(irqs);
+        if state.ours.replace(false) {
+            insn::turn_off(irqs);
+        }
+    }
+}
+
+/// MSRs that VMLOAD and VMSAVE switch: the guest reads and writes them without an exit.
+const PASSED_THROUGH: [u32; 10] = [
+    msr::SYSENTER_CS,
+    msr::SYSENTER_ESP,
+    msr::SYSENTER_EIP,
+    msr::STAR,
+    msr::LSTAR,
+    msr::CSTAR,
+    msr::SFMASK,
+    msr::FS_BASE,
+    msr::GS_BASE,
+    msr::KERNEL_GS_BASE,
+];
+
+/// Clears the read and write bits of `msr`. APM Vol. 2 "MSR Intercepts": two bits an MSR, 2 KiB for each of three ranges.
+fn pass_through(map: &mut [u8], msr: u32) {
+    let (range, index) = match msr {
+        0..=0x1FFF => (0, msr),
+        0xC000_0000..=0xC000_1FFF => (0x800, msr & 0x1FFF),
+        0xC001_0000..=0xC001_1FFF => (0x1000, msr & 0x1FFF),
+        _ => return,
+    };
+    if let Some(byte) = map.get_mut(range + index as usize / 4) {
+        *byte &= !(3 << (index % 4 * 2));
+    }
+}
+

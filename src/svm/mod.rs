@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+//! AMD SVM with nested paging. APM Vol. 2 "Secure Virtual Machine".
+//!
+//! Not supported: shadow paging, nested virtualization, AVIC, encrypted guests.
+#![forbid(unsafe_code)]
+
+mod cpu;
+mod exit;
+mod insn;
+mod vcpu;
+
+pub(crate) use cpu::Svm;
+pub(crate) use vcpu::SvmVcpu;

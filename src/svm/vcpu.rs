@@ -1,0 +1,494 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One virtual CPU: its VMCB and what goes in and out of it.
+#![forbid(unsafe_code)]
+
+use kernel::{prelude::*, sync::Arc};
+
+use super::{
+    cpu::{Asid, Svm},
+    exit, insn,
+};
+use crate::{
+    arch::{
+        cr::{cr0, dr, efer},
+        segment::{DescriptorTable, Segment, SegmentAttributes},
+        vmcb::{event, exit_code, int_ctl, int_state, misc1, misc2, misc3, tlb_ctl, Vmcb, VmcbSegment},
+        Hpa,
+    },
+    glue::{cpu::IrqsOff, fpu::Window, phys::PhysBox},
+    guest::{
+        event::{vector, Event, Exception},
+        Exit, Gpr, Regs, SystemRegs,
+    },
+    mmu::npt::Npt,
+    vendor::{HardwareMsr, Vendor, VendorVcpu},
+};
+
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
+const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+
+const MISC1: u32 = misc1::INTR
+    | misc1::NMI
+    | misc1::SMI
+    | misc1::INIT
+    | misc1::RDPMC
+    | misc1::CPUID
+    | misc1::RSM
+    | misc1::INVD
+    | misc1::HLT
+    | misc1::INVLPGA
+    | misc1::IOIO
+    | misc1::MSR
+    | misc1::FERR_FREEZE
+    | misc1::SHUTDOWN;
+
+const MISC2: u32 = misc2::VMRUN
+    | misc2::VMMCALL
+    | misc2::VMLOAD
+    | misc2::VMSAVE
+    | misc2::STGI
+    | misc2::CLGI
+    | misc2::SKINIT
+    | misc2::WBINVD
+    | misc2::MONITOR
+    | misc2::MWAIT
+    | misc2::XSETBV
+    | misc2::RDPRU;
+
+const MISC3: u32 = misc3::INVLPGB | misc3::INVLPGB_ILLEGAL | misc3::MCOMMIT | misc3::TLBSYNC;
+
+/// Writes of CR0 and CR4: bits 16 up are writes.
+const CR_WRITES: u32 = 1 << 16 | 1 << 20;
+const CR0_READ: u32 = 1;
+
+/// PAT after reset.
+const PAT_INIT: u64 = 0x0007_0406_0007_0406;
+
+pub(crate) struct SvmVcpu {
+    host: Arc<Svm>,
+    vmcb: PhysBox<Vmcb>,
+    asid: Asid,
+    flush_wanted: bool,
+    /// CR0 as the guest set it: hardware's copy has caching on.
+    guest_cr0: u64,
+    spec_ctrl: u64,
+}
+
+impl Vendor for Svm {
+    type Vcpu = SvmVcpu;
+    type NestedFormat = Npt;
+
+    fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
+        let mut vcpu = SvmVcpu {
+            host: self.clone(),
+            vmcb: PhysBox::new()?,
+            asid: Asid::default(),
+            flush_wanted: false,
+            guest_cr0: 0,
+            spec_ctrl: 0,
+        };
+        let control = &mut vcpu.vmcb.control;
+        control.intercept_cr = CR_WRITES;
+        control.intercept_dr = u32::MAX;
+        control.intercept_exceptions = EXCEPTIONS;
+        control.intercept_misc1 = MISC1;
+        control.intercept_misc2 = MISC2;
+        control.intercept_misc3 = MISC3;
+        control.iopm_base = self.io_permissions.address().0;
+        control.msrpm_base = self.msr_permissions.address().0;
+        control.int_ctl = int_ctl::V_INTR_MASKING;
+        control.nested_ctl = 1;
+        vcpu.reset(false);
+        Ok(vcpu)
+    }
+
+    fn nested_levels(&self) -> u8 {
+        // Nested walks have the depth of the host's own paging. APM Vol. 2 "Nested Paging".
+        if self.features.la57 {
+            5
+        } else {
+            4
+        }
+    }
+}
+
+impl SvmVcpu {
+    fn set_cr0(&mut self, value: u64) {
+        self.guest_cr0 = value;
+        let hardware = value & !(cr0::CD | cr0::NW);
+        self.vmcb.save.cr0 = hardware;
+        // The guest must not see through a read that its caches are on.
+        let reads = if hardware == value { 0 } else { CR0_READ };
+        self.vmcb.control.intercept_cr = CR_WRITES | reads;
+    }
+
+    fn raw_segments(&mut self) -> [&mut VmcbSegment; 6] {
+        let save = &mut self.vmcb.save;
+        [&mut save.es, &mut save.cs, &mut save.ss, &mut save.ds, &mut save.fs, &mut save.gs]
+    }
+}
+
+fn from_raw(raw: &VmcbSegment) -> Segment {
+    Segment {
+        base: raw.base,
+        limit: raw.limit,
+        selector: raw.selector,
+        attributes: SegmentAttributes(raw.attributes & 0xFFF),
+    }
+}
+
+fn to_raw(segment: &Segment) -> VmcbSegment {
+    VmcbSegment {
+        selector: segment.selector,
+        attributes: segment.attributes.0,
+        limit: segment.limit,
+        base: segment.base,
+    }
+}
+
+fn table(raw: &VmcbSegment) -> DescriptorTable {
+    DescriptorTable { base: raw.base, limit: raw.limit as u16 }
+}
+
+impl VendorVcpu for SvmVcpu {
+    fn reset(&mut self, init: bool) {
+        // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
+        let caching = if init { self.guest_cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
+        let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
+        let code =
+            Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
+        self.set_system_regs(&SystemRegs {
+            segments: [data, code, data, data, data, data],
+            ldtr: Segment { attributes: SegmentAttributes(0x82), ..data },
+            tr: Segment { attributes: SegmentAttributes(0x8B), ..data },
+            gdtr: DescriptorTable { base: 0, limit: 0xFFFF },
+            idtr: DescriptorTable { base: 0, limit: 0xFFFF },
+            cr0: cr0::ET | caching,
+            ..SystemRegs::default()
+        });
+        self.vmcb.save.dr6 = dr::DR6_INIT;
+        self.vmcb.save.dr7 = dr::DR7_INIT;
+        self.vmcb.control.int_state = 0;
+        self.vmcb.control.event_inj = 0;
+        self.want_interrupt_window(false);
+        self.want_nmi_window(false);
+        if !init {
+            let save = &mut self.vmcb.save;
+            save.pat = PAT_INIT;
+            save.star = 0;
+            save.lstar = 0;
+            save.cstar = 0;
+            save.sfmask = 0;
+            save.kernel_gs_base = 0;
+            save.sysenter_cs = 0;
+            save.sysenter_esp = 0;
+            save.sysenter_eip = 0;
+            self.spec_ctrl = 0;
+        }
+        self.flush_tlb();
+    }
+
+    fn system_regs(&self) -> SystemRegs {
+        let save = &self.vmcb.save;
+        SystemRegs {
+            segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(from_raw),
+            ldtr: from_raw(&save.ldtr),
+            tr: from_raw(&save.tr),
+            gdtr: table(&save.gdtr),
+            idtr: table(&save.idtr),
+            cr0: self.guest_cr0,
+            cr2: save.cr2,
+            cr3: save.cr3,
+            cr4: save.cr4,
+            cr8: 0,
+            efer: self.efer(),
+            cpl: save.cpl,
+        }
+    }
+
+    fn set_system_regs(&mut self, regs: &SystemRegs) {
+        for (raw, segment) in self.raw_segments().into_iter().zip(&regs.segments) {
+            *raw = to_raw(segment);
+        }
+        self.set_cr0(regs.cr0);
+        let save = &mut self.vmcb.save;
+        save.ldtr = to_raw(&regs.ldtr);
+        // VMRUN wants a busy task segment; the busy bit is not architectural state that software sees here.
+        save.tr = to_raw(&regs.tr);
+        save.gdtr = VmcbSegment { base: regs.gdtr.base, limit: regs.gdtr.limit.into(), ..VmcbSegment::default() };
+        save.idtr = VmcbSegment { base: regs.idtr.base, limit: regs.idtr.limit.into(), ..VmcbSegment::default() };
+        save.cr2 = regs.cr2;
+        save.cr3 = regs.cr3;
+        save.cr4 = regs.cr4;
+        save.efer = regs.efer | efer::SVME;
+        save.cpl = regs.cpl;
+        self.flush_tlb();
+    }
+
+    #[inline]
+    fn segment(&self, number: usize) -> Segment {
+        let save = &self.vmcb.save;
+        from_raw(match number {
+            0 => &save.es,
+            1 => &save.cs,
+            2 => &save.ss,
+            3 => &save.ds,
+            4 => &save.fs,
+            _ => &save.gs,
+        })
+    }
+
+    #[inline]
+    fn cr0(&self) -> u64 {
+        self.guest_cr0
+    }
+
+    #[inline]
+    fn cr2(&self) -> u64 {
+        self.vmcb.save.cr2
+    }
+
+    fn set_cr2(&mut self, value: u64) {
+        self.vmcb.save.cr2 = value;
+    }
+
+    #[inline]
+    fn cr3(&self) -> u64 {
+        self.vmcb.save.cr3
+    }
+
+    #[inline]
+    fn cr4(&self) -> u64 {
+        self.vmcb.save.cr4
+    }
+
+    #[inline]
+    fn efer(&self) -> u64 {
+        self.vmcb.save.efer & !efer::SVME
+    }
+
+    #[inline]
+    fn cpl(&self) -> u8 {
+        self.vmcb.save.cpl
+    }
+
+    fn dr6(&self) -> u64 {
+        self.vmcb.save.dr6
+    }
+
+    fn set_dr6(&mut self, value: u64) {
+        self.vmcb.save.dr6 = value;
+    }
+
+    fn dr7(&self) -> u64 {
+        self.vmcb.save.dr7
+    }
+
+    fn set_dr7(&mut self, value: u64) {
+        self.vmcb.save.dr7 = value;
+    }
+
+    fn msr(&self, msr: HardwareMsr) -> u64 {
+        let save = &self.vmcb.save;
+        match msr {
+            HardwareMsr::Efer => self.efer(),
+            HardwareMsr::Star => save.star,
+            HardwareMsr::Lstar => save.lstar,
+            HardwareMsr::Cstar => save.cstar,
+            HardwareMsr::Sfmask => save.sfmask,
+            HardwareMsr::FsBase => save.fs.base,
+            HardwareMsr::GsBase => save.gs.base,
+            HardwareMsr::KernelGsBase => save.kernel_gs_base,
+            HardwareMsr::SysenterCs => save.sysenter_cs,
+            HardwareMsr::SysenterEsp => save.sysenter_esp,
+            HardwareMsr::SysenterEip => save.sysenter_eip,
+            HardwareMsr::Pat => save.pat,
+            HardwareMsr::SpecCtrl => self.spec_ctrl,
+        }
+    }
+
+    fn set_msr(&mut self, msr: HardwareMsr, value: u64) {
+        let save = &mut self.vmcb.save;
+        match msr {
+            HardwareMsr::Efer => {
+                save.efer = value | efer::SVME;
+                self.flush_tlb();
+            }
+            HardwareMsr::Star => save.star = value,
+            HardwareMsr::Lstar => save.lstar = value,
+            HardwareMsr::Cstar => save.cstar = value,
+            HardwareMsr::Sfmask => save.sfmask = value,
+            HardwareMsr::FsBase => save.fs.base = value,
+            HardwareMsr::GsBase => save.gs.base = value,
+            HardwareMsr::KernelGsBase => save.kernel_gs_base = value,
+            HardwareMsr::SysenterCs => save.sysenter_cs = value,
+            HardwareMsr::SysenterEsp => save.sysenter_esp = value,
+            HardwareMsr::SysenterEip => save.sysenter_eip = value,
+            HardwareMsr::Pat => save.pat = value,
+            HardwareMsr::SpecCtrl => self.spec_ctrl = value,
+        }
+    }
+
+    fn set_nested_root(&mut self, root: Hpa) {
+        self.vmcb.control.nested_cr3 = root.0;
+        self.flush_tlb();
+    }
+
+    fn flush_tlb(&mut self) {
+        self.flush_wanted = true;
+    }
+
+    fn tsc_offset(&self) -> u64 {
+        self.vmcb.control.tsc_offset
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.vmcb.control.tsc_offset = offset;
+    }
+
+    fn set_exception_intercepts(&mut self, vectors: u32) {
+        self.vmcb.control.intercept_exceptions = EXCEPTIONS | vectors;
+    }
+
+    fn inject(&mut self, event: Event) {
+        let control = &mut self.vmcb.control;
+        let (kind, vector) = match event {
+            Event::Interrupt(vector) => (event::TYPE_INTERRUPT, vector),
+            Event::Nmi => (event::TYPE_NMI, vector::NMI),
+            Event::Exception(exception) => {
+                match (exception.vector, exception.payload) {
+                    (vector::PF, Some(address)) => self.vmcb.save.cr2 = address,
+                    (vector::DB, Some(bits)) => self.vmcb.save.dr6 |= bits,
+                    _ => {}
+                }
+                (event::TYPE_EXCEPTION, exception.vector)
+            }
+            // Its instruction runs again.
+            Event::Software { .. } => return,
+        };
+        control.event_inj = u32::from(vector) | kind << event::TYPE_SHIFT | event::VALID;
+        if let Event::Exception(Exception { error_code: Some(code), .. }) = event {
+            control.event_inj |= event::ERROR_CODE_VALID;
+            control.event_inj_error = code;
+        }
+    }
+
+    #[inline]
+    fn take_unfinished_event(&mut self) -> Option<Event> {
+        let info = self.vmcb.control.exit_int_info;
+        if info & event::VALID == 0 {
+            return None;
+        }
+        self.vmcb.control.exit_int_info = 0;
+        exit::unfinished_event(info, self.vmcb.control.exit_int_info_error)
+    }
+
+    #[inline]
+    fn interrupt_shadow(&self) -> bool {
+        self.vmcb.control.int_state & int_state::SHADOW != 0
+    }
+
+    #[inline]
+    fn set_interrupt_shadow(&mut self, shadow: bool) {
+        let control = &mut self.vmcb.control;
+        control.int_state = control.int_state & !int_state::SHADOW | u32::from(shadow);
+    }
+
+    fn want_interrupt_window(&mut self, wanted: bool) {
+        let control = &mut self.vmcb.control;
+        let window = int_ctl::V_IRQ | int_ctl::V_INTR_PRIO_MASK | int_ctl::V_IGN_TPR;
+        if wanted {
+            // A virtual interrupt of the highest priority, intercepted where it would be delivered.
+            control.int_ctl |= window;
+            control.intercept_misc1 |= misc1::VINTR;
+        } else {
+            control.int_ctl &= !window;
+            control.intercept_misc1 &= !misc1::VINTR;
+        }
+    }
+
+    fn want_nmi_window(&mut self, wanted: bool) {
+        let control = &mut self.vmcb.control;
+        if wanted {
+            control.intercept_misc1 |= misc1::IRET;
+        } else {
+            control.intercept_misc1 &= !misc1::IRET;
+        }
+    }
+
+    #[inline]
+    fn tpr(&self) -> u8 {
+        (self.vmcb.control.int_ctl & 0xF) as u8
+    }
+
+    #[inline]
+    fn set_tpr(&mut self, cr8: u8) {
+        let control = &mut self.vmcb.control;
+        control.int_ctl = control.int_ctl & !int_ctl::V_TPR_MASK | u32::from(cr8 & 0xF);
+    }
+
+    #[inline]
+    fn next_rip(&self) -> Option<u64> {
+        let control = &self.vmcb.control;
+        if control.exit_code == exit_code::IOIO {
+            Some(control.exit_info_2)
+        } else if self.host.features.next_rip && control.next_rip != 0 {
+            Some(control.next_rip)
+        } else {
+            None
+        }
+    }
+
+    fn instruction_bytes(&self) -> Option<&[u8]> {
+        let control = &self.vmcb.control;
+        // Kept for nested page faults and intercepted page faults only.
+        if !self.host.features.decode_assists || control.exit_code != exit_code::NPF {
+            return None;
+        }
+        match control.instruction_bytes.get(..usize::from(control.instruction_length)) {
+            Some([]) | None => None,
+            bytes => bytes,
+        }
+    }
+
+    #[inline]
+    fn begin_window(&mut self, irqs: &IrqsOff) {
+        insn::save_host(self.host.host_area(irqs), irqs);
+    }
+
+    #[inline]
+    fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit {
+        if self.flush_wanted && !self.host.features.flush_by_asid {
+            self.asid.forget();
+        }
+        let flush_all = self.host.refresh_asid(&mut self.asid, irqs);
+        let control = &mut self.vmcb.control;
+        control.tlb_ctl = if flush_all {
+            tlb_ctl::FLUSH_ALL
+        } else if self.flush_wanted && self.host.features.flush_by_asid {
+            tlb_ctl::FLUSH_ASID
+        } else {
+            tlb_ctl::NOTHING
+        };
+        self.flush_wanted = false;
+        control.asid = self.asid.id;
+
+        let save = &mut self.vmcb.save;
+        save.rax = regs.gpr[Gpr::Rax as usize];
+        save.rsp = regs.gpr[Gpr::Rsp as usize];
+        save.rip = regs.rip;
+        save.rflags = regs.rflags;
+        let host = self.host.host_area(irqs);
+        let entered = insn::enter(regs, &mut self.vmcb, host, self.spec_ctrl, window, irqs);
+        let save = &self.vmcb.save;
+        regs.gpr[Gpr::Rax as usize] = save.rax;
+        regs.gpr[Gpr::Rsp as usize] = save.rsp;
+        regs.rip = save.rip;
+        regs.rflags = save.rflags;
+        self.vmcb.control.event_inj = 0;
+        match entered {
+            Ok(()) => exit::decode(&self.vmcb.control, self.host.features.decode_assists, irqs),
+            Err(insn::SvmIsOff) => Exit::EntryFailure { reason: u64::MAX },
+        }
+    }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a processor vendor's room offers the rest of the module, in neutral words. The choice is made once, at load.
+#![forbid(unsafe_code)]
+
+use kernel::{prelude::*, sync::Arc};
+
+use crate::{
+    arch::{segment::Segment, Hpa},
+    glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
+    guest::{Event, Exit, Regs, SystemRegs},
+    mmu::format::Format,
+};
+
+/// Guest registers behind MSRs that hardware switches.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HardwareMsr {
+    Efer,
+    Star,
+    Lstar,
+    Cstar,
+    Sfmask,
+    FsBase,
+    GsBase,
+    KernelGsBase,
+    SysenterCs,
+    SysenterEsp,
+    SysenterEip,
+    Pat,
+    SpecCtrl,
+}
+
+/// A vendor's virtualization extension.
+pub(crate) trait Vendor: Hardware + Sized {
+    type Vcpu: VendorVcpu;
+    /// How its nested tables look.
+    type NestedFormat: Format;
+
+    /// A virtual CPU in its reset state.
+    fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
+
+    /// Levels of the nested table.
+    fn nested_levels(&self) -> u8;
+}
+
+/// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
+pub(crate) trait VendorVcpu: Send + 'static {
+    /// Back to the state after RESET or INIT (`init`), segments and control registers and MSRs that INIT changes.
+    fn reset(&mut self, init: bool);
+
+    /// Everything but `cr8`, which the caller owns.
+    fn system_regs(&self) -> SystemRegs;
+    /// Sets everything but `cr8`. Values were checked by the caller.
+    fn set_system_regs(&mut self, regs: &SystemRegs);
+    fn segment(&self, number: usize) -> Segment;
+    fn cr0(&self) -> u64;
+    fn cr2(&self) -> u64;
+    fn set_cr2(&mut self, value: u64);
+    fn cr3(&self) -> u64;
+    fn cr4(&self) -> u64;
+    fn efer(&self) -> u64;
+    fn cpl(&self) -> u8;
+    fn dr6(&self) -> u64;
+    fn set_dr6(&mut self, value: u64);
+    fn dr7(&self) -> u64;
+    fn set_dr7(&mut self, value: u64);
+    fn msr(&self, msr: HardwareMsr) -> u64;
+    /// The value was checked by the caller.
+    fn set_msr(&mut self, msr: HardwareMsr, value: u64);
+
+    fn set_nested_root(&mut self, root: Hpa);
+    /// Forgets every translation of this guest before the next entry.
+    fn flush_tlb(&mut self);
+    fn tsc_offset(&self) -> u64;
+    /// Guest TSC is the host's plus this, wrapping.
+    fn set_tsc_offset(&mut self, offset: u64);
+    /// Intercepts these exception vectors besides those that keep the host whole.
+    fn set_exception_intercepts(&mut self, vectors: u32);
+
+    /// Delivers `event` at the next entry.
+    fn inject(&mut self, event: Event);
+    /// What the last exit interrupted the delivery of.
+    fn take_unfinished_event(&mut self) -> Option<Event>;
+    /// Whether the guest is in an interrupt shadow.
+    fn interrupt_shadow(&self) -> bool;
+    fn set_interrupt_shadow(&mut self, shadow: bool);
+    /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt.
+    fn want_interrupt_window(&mut self, wanted: bool);
+    /// Asks for [`Exit::NmiWindow`] when the guest returns from its NMI handler.
+    fn want_nmi_window(&mut self, wanted: bool);
+    /// CR8, as the guest may have changed it.
+    fn tpr(&self) -> u8;
+    fn set_tpr(&mut self, cr8: u8);
+
+    /// RIP behind the instruction that exited, where the CPU tells it.
+    fn next_rip(&self) -> Option<u64>;
+    /// Bytes of the instruction that faulted, where the CPU keeps them.
+    fn instruction_bytes(&self) -> Option<&[u8]>;
+
+    /// Once in each window, before the first `run`.
+    fn begin_window(&mut self, irqs: &IrqsOff);
+    /// Runs the guest until its next exit.
+    fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit;
+}
