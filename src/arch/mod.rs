@@ -9,6 +9,8 @@
 pub mod addr;
 pub mod cr;
 pub mod msr;
+pub mod paging;
 pub mod segment;
 
 pub use addr::{Gfn, Gpa, Gva, Hpa, Hva};
+pub use paging::Level;
