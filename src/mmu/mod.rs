@@ -11,6 +11,9 @@ pub mod nested;
 pub mod npt;
 pub mod slots;
 
+#[cfg(test)]
+mod nested_tests;
+
 pub use crate::arch::paging::Level;
 pub use ept::Ept;
 pub use format::{Format, MemoryType, Prot};

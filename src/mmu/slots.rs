@@ -208,9 +208,8 @@ pub fn plan<B>(slots: &[Slot<B>], request: &Request, limits: &Limits) -> Result<
     // No overflow: both addends were page counts of 64-bit byte addresses.
     let end = base.0 + pages;
     let to = slots.partition_point(|slot| slot.base < base);
-    let clashes = |at: usize| {
-        Some(at) != from && slots.get(at).is_some_and(|slot| slot.base.0 < end && base.0 < slot.end().0)
-    };
+    let clashes =
+        |at: usize| Some(at) != from && slots.get(at).is_some_and(|slot| slot.base.0 < end && base.0 < slot.end().0);
     // Only a slot that starts before `base`, or at or after it, can overlap; one neighbour may be the slot itself.
     if (to.saturating_sub(2)..to.saturating_add(2)).any(clashes) {
         return Err(SlotError::Overlap);
