@@ -9,7 +9,9 @@
 pub mod addr;
 pub mod cr;
 pub mod msr;
+pub mod paging;
 pub mod segment;
 pub mod vmcb;
 
 pub use addr::{Gfn, Gpa, Gva, Hpa, Hva};
+pub use paging::Level;

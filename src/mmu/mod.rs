@@ -1,2 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
+//! Guest memory: the guest's own paging, the nested tables below it, memory slots and the dirty log.
+//!
+//! Nothing here takes a lock or touches memory: the caller hands in [`nested::Tables`] and holds the lock that
+//! serializes its writers. Concurrent hardware walks are expected everywhere.
 #![forbid(unsafe_code)]
+
+pub mod ept;
+pub mod format;
+pub mod nested;
+pub mod npt;
+pub mod slots;
+
+#[cfg(test)]
+mod nested_tests;
+
+pub use crate::arch::paging::Level;
+pub use ept::Ept;
+pub use format::{Format, MemoryType, Prot};
+pub use nested::{Leaf, MapError, Mapped, NestedTable, Progress, Tables};
+pub use npt::Npt;
+pub use slots::{Change, Slot, SlotError};
