@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Structures of the VM ioctls that are not about interrupts: memory, dirty log, clock, capabilities, devices.
+#![forbid(unsafe_code)]
+
+layout! {
+    /// `struct kvm_userspace_memory_region`: KVM_SET_USER_MEMORY_REGION.
+    struct KvmUserspaceMemoryRegion: 32 {
+        /// Slot number; bits 16 and up select the address space.
+        0 slot: u32,
+        4 flags: u32,
+        8 guest_phys_addr: u64,
+        /// In bytes; 0 deletes the slot.
+        16 memory_size: u64,
+        24 userspace_addr: u64,
+    }
+
+    /// `struct kvm_userspace_memory_region2`: KVM_SET_USER_MEMORY_REGION2.
+    struct KvmUserspaceMemoryRegion2: 160 {
+        0 slot: u32,
+        4 flags: u32,
+        8 guest_phys_addr: u64,
+        16 memory_size: u64,
+        24 userspace_addr: u64,
+        32 guest_memfd_offset: u64,
+        40 guest_memfd: u32,
+        44 pad1: u32,
+        48 pad2: [u64; 14],
+    }
+
+    /// `struct kvm_dirty_log`: KVM_GET_DIRTY_LOG.
+    struct KvmDirtyLog: 16 {
+        0 slot: u32,
+        4 padding1: u32,
+        /// User address; one bit per page, rounded up to 64 bits.
+        8 dirty_bitmap: u64,
+    }
+
+    /// `struct kvm_clear_dirty_log`: KVM_CLEAR_DIRTY_LOG.
+    struct KvmClearDirtyLog: 24 {
+        0 slot: u32,
+        4 num_pages: u32,
+        8 first_page: u64,
+        /// User address.
+        16 dirty_bitmap: u64,
+    }
+
+    /// `struct kvm_coalesced_mmio_zone`.
+    struct KvmCoalescedMmioZone: 16 {
+        0 addr: u64,
+        8 size: u32,
+        /// 1: a range of ports. 0: a range of guest physical memory.
+        12 pio: u32,
+    }
+
+    /// `struct kvm_coalesced_mmio`: one posted write.
+    struct KvmCoalescedMmio: 24 {
+        0 phys_addr: u64,
+        8 len: u32,
+        12 pio: u32,
+        16 data: [u8; 8],
+    }
+
+    /// Head of `struct kvm_coalesced_mmio_ring`; entries of [`KvmCoalescedMmio`] fill the rest of its page.
+    struct KvmCoalescedMmioRing: 8 {
+        /// Next entry userspace reads.
+        0 first: u32,
+        /// Next entry the kernel writes.
+        4 last: u32,
+    }
+
+    /// `struct kvm_clock_data`: KVM_GET_CLOCK, KVM_SET_CLOCK.
+    struct KvmClockData: 48 {
+        /// Nanoseconds of the guest's kvmclock.
+        0 clock: u64,
+        8 flags: u32,
+        12 pad0: u32,
+        16 realtime: u64,
+        24 host_tsc: u64,
+        32 pad: [u32; 4],
+    }
+
+    /// `struct kvm_enable_cap`: KVM_ENABLE_CAP.
+    struct KvmEnableCap: 104 {
+        0 cap: u32,
+        4 flags: u32,
+        8 args: [u64; 4],
+        40 pad: [u8; 64],
+    }
+
+    /// `struct kvm_create_device`: KVM_CREATE_DEVICE.
+    struct KvmCreateDevice: 12 {
+        0 kind: u32,
+        4 fd: u32,
+        8 flags: u32,
+    }
+
+    /// `struct kvm_device_attr`: KVM_SET_DEVICE_ATTR and its two companions.
+    struct KvmDeviceAttr: 24 {
+        0 flags: u32,
+        4 group: u32,
+        8 attr: u64,
+        16 addr: u64,
+    }
+
+    /// `struct kvm_memory_attributes`: KVM_SET_MEMORY_ATTRIBUTES.
+    struct KvmMemoryAttributes: 32 {
+        0 address: u64,
+        8 size: u64,
+        16 attributes: u64,
+        24 flags: u64,
+    }
+
+    /// `struct kvm_create_guest_memfd`: KVM_CREATE_GUEST_MEMFD.
+    struct KvmCreateGuestMemfd: 64 {
+        0 size: u64,
+        8 flags: u64,
+        16 reserved: [u64; 6],
+    }
+
+    /// `struct kvm_pre_fault_memory`: KVM_PRE_FAULT_MEMORY.
+    struct KvmPreFaultMemory: 64 {
+        0 gpa: u64,
+        8 size: u64,
+        16 flags: u64,
+        24 padding: [u64; 5],
+    }
+}
+
+pub const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
+pub const KVM_MEM_READONLY: u32 = 1 << 1;
+pub const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
+
+/// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_GET_DIRTY_LOG does not write-protect, KVM_CLEAR_DIRTY_LOG does.
+pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
+pub const KVM_DIRTY_LOG_INITIALLY_SET: u64 = 1 << 1;
+
+/// Do not use 1: old kernels returned it from KVM_CHECK_EXTENSION before there were flags.
+pub const KVM_CLOCK_TSC_STABLE: u32 = 1 << 1;
+pub const KVM_CLOCK_REALTIME: u32 = 1 << 2;
+pub const KVM_CLOCK_HOST_TSC: u32 = 1 << 3;
+
+/// Page of a vCPU's mapping that holds the coalesced MMIO ring.
+pub const KVM_COALESCED_MMIO_PAGE_OFFSET: u32 = 2;
+/// Entries in the coalesced MMIO ring's page.
+pub const KVM_COALESCED_MMIO_MAX: u32 = (4096 - 8) / 24;
