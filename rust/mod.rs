@@ -4,4 +4,8 @@
 
 mod bindings;
 pub(crate) mod cpu;
+pub(crate) mod fd;
 pub(crate) mod fpu;
+pub(crate) mod lock;
+pub(crate) mod page;
+pub(crate) mod user;

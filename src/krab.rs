@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Kernel crate root: the `krab` module.
+#![allow(unreachable_pub)]
 use kernel::prelude::*;
 
 #[path = "../rust/mod.rs"]
+#[allow(dead_code)]
 mod glue;
 
 mod abi;
