@@ -3,6 +3,7 @@
 #![allow(
     clippy::all,
     clippy::undocumented_unsafe_blocks,
+    improper_ctypes,
     missing_docs,
     non_camel_case_types,
     non_snake_case,

@@ -1,3 +1,117 @@
 // SPDX-License-Identifier: GPL-2.0
 /* C wrappers of inline functions and macros. No logic lives here. */
+#include <linux/anon_inodes.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/spinlock.h>
+#include <linux/uaccess.h>
+#include <asm/tsc.h>
+
 #include "helpers.h"
+
+/* fd.rs, page.rs */
+
+void krab_get_page(struct page *page)
+{
+	get_page(page);
+}
+
+void krab_put_page(struct page *page)
+{
+	put_page(page);
+}
+
+/* user.rs */
+
+void krab_pagefault_disable(void)
+{
+	pagefault_disable();
+}
+
+void krab_pagefault_enable(void)
+{
+	pagefault_enable();
+}
+
+int krab_read_user_u64_nofault(u64 *value, const u64 *from)
+{
+	const u64 __user *user = (const u64 __user *)from;
+	int error = -EFAULT;
+
+	pagefault_disable();
+	if (user_read_access_begin(user, sizeof(*user))) {
+		unsafe_get_user(*value, user, fault);
+		error = 0;
+fault:
+		user_read_access_end();
+	}
+	pagefault_enable();
+	return error;
+}
+
+/* 0: exchanged; 1: @old now holds what was found; -EFAULT. */
+int krab_cmpxchg_user(void *at, u64 *old, u64 new, unsigned int size)
+{
+	int ret = -EINVAL;
+
+	if (!access_ok((void __user *)at, size))
+		return -EFAULT;
+
+#define KRAB_CMPXCHG(type)							\
+	case sizeof(type): {							\
+		type seen = *old;						\
+										\
+		ret = __try_cmpxchg_user((type __user *)at, &seen, (type)new, fault_##type);	\
+		*old = seen;							\
+		break;								\
+	}
+	switch (size) {
+	KRAB_CMPXCHG(u8)
+	KRAB_CMPXCHG(u16)
+	KRAB_CMPXCHG(u32)
+	KRAB_CMPXCHG(u64)
+	}
+#undef KRAB_CMPXCHG
+	return ret;
+}
+
+/* lock.rs */
+
+void krab_raw_spin_lock_init(struct raw_spinlock *lock, const char *name, struct lock_class_key *key)
+{
+#ifdef CONFIG_DEBUG_SPINLOCK
+	__raw_spin_lock_init(lock, name, key, LD_WAIT_SPIN);
+#else
+	raw_spin_lock_init(lock);
+#endif
+}
+
+unsigned long krab_raw_spin_lock_irqsave(struct raw_spinlock *lock)
+{
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+bool krab_raw_spin_trylock_irqsave(struct raw_spinlock *lock, unsigned long *flags)
+{
+	return raw_spin_trylock_irqsave(lock, *flags);
+}
+
+void krab_raw_spin_unlock_irqrestore(struct raw_spinlock *lock, unsigned long flags)
+{
+	raw_spin_unlock_irqrestore(lock, flags);
+}
+
+void krab_raw_spin_assert_held(struct raw_spinlock *lock)
+{
+	lockdep_assert_held(lock);
+}
+
+/* timer.rs */
+
+u64 krab_rdtsc(void)
+{
+	return rdtsc_ordered();
+}

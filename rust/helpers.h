@@ -1,14 +1,39 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What rust/ needs from C: wrappers of inline functions and macros, and the few kernel types that the kernel crate does
- * not bind. Everything declared here is seen by bindgen (rust/bindings.rs).
+ * What rust/ needs from C: wrappers of inline functions and macros, and prototypes of exported functions that the kernel
+ * crate does not bind. Everything declared here is seen by bindgen (rust/bindings.rs).
  */
 #ifndef KRAB_HELPERS_H
 #define KRAB_HELPERS_H
 
+#include <linux/fs.h>
+#include <linux/mm.h>
+#include <linux/spinlock.h>
 #include <linux/types.h>
 
 #include "cpu.h"
 
+/* fd.rs */
+int anon_inode_getfd(const char *name, const struct file_operations *fops, void *priv, int flags);
+
+/* user.rs */
+void krab_pagefault_disable(void);
+void krab_pagefault_enable(void);
+int krab_read_user_u64_nofault(u64 *value, const u64 *from);
+int krab_cmpxchg_user(void *at, u64 *old, u64 new, unsigned int size);
+
+/* lock.rs */
+void krab_raw_spin_lock_init(struct raw_spinlock *lock, const char *name, struct lock_class_key *key);
+unsigned long krab_raw_spin_lock_irqsave(struct raw_spinlock *lock);
+bool krab_raw_spin_trylock_irqsave(struct raw_spinlock *lock, unsigned long *flags);
+void krab_raw_spin_unlock_irqrestore(struct raw_spinlock *lock, unsigned long flags);
+void krab_raw_spin_assert_held(struct raw_spinlock *lock);
+
+/* page.rs */
+void krab_get_page(struct page *page);
+void krab_put_page(struct page *page);
+
+/* timer.rs */
+u64 krab_rdtsc(void);
 
 #endif

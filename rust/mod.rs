@@ -4,7 +4,11 @@
 
 mod bindings;
 pub(crate) mod cpu;
+pub(crate) mod fd;
 pub(crate) mod fpu;
+pub(crate) mod lock;
+pub(crate) mod page;
 pub(crate) mod percpu;
 pub(crate) mod phys;
+pub(crate) mod user;
 pub(crate) mod virt;

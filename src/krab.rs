@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Kernel crate root: the `krab` module.
+#![allow(unreachable_pub)]
 use kernel::prelude::*;
 
 #[path = "../rust/mod.rs"]
+#[allow(dead_code)]
 mod glue;
 
 mod abi;
@@ -12,6 +14,8 @@ mod guest;
 mod irqchip;
 mod mmu;
 mod policy;
+mod svm;
+mod vendor;
 
 module! {
     type: Krab,

@@ -8,7 +8,7 @@ use crate::{
     arch::{segment::Segment, Hpa},
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
-    mmu::format::Format,
+    mmu::Format,
 };
 
 /// Guest registers behind MSRs that hardware switches.

@@ -20,7 +20,7 @@ use crate::{
         event::{vector, Event, Exception},
         Exit, Gpr, Regs, SystemRegs,
     },
-    mmu::npt::Npt,
+    mmu::Npt,
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 

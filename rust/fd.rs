@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-2.0
+//! File descriptors with our own `file_operations`, and the misc device node.
+//!
+//! `owner` is always this module: an open file keeps it loaded, so `rmmod` says busy instead of pulling the code away
+//! from under the file. (The kernel crate's `MiscDevice` leaves the owner empty.)
+use core::{marker::PhantomData, mem::ManuallyDrop, ptr};
+use kernel::{
+    bindings,
+    prelude::*,
+    sync::{Arc, ArcBorrow},
+    types::Opaque,
+};
+
+use super::bindings as own;
+use super::page::UserPage;
+
+/// This module, the owner of every file made here.
+const OWNER: *mut bindings::module = ptr::addr_of!(bindings::__this_module).cast_mut();
+
+/// What an object behind a file descriptor does when userspace calls.
+pub trait FileOperations: Send + Sync + Sized + 'static {
+    /// Name of the anonymous inode, as `/proc/PID/fd` shows it.
+    const NAME: &'static CStr;
+    /// Whether the file can be mapped; if not, `mmap` says ENODEV.
+    const MAPPABLE: bool = false;
+
+    /// An `ioctl` with its raw command number and argument; 32-bit callers' pointers are converted already.
+    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize>;
+
+    /// The page behind page `index` of the mapping; `None` gives SIGBUS. Called on first access, may sleep.
+    fn page(_this: ArcBorrow<'_, Self>, _index: u64) -> Option<UserPage> {
+        None
+    }
+
+    /// The last descriptor is closed. The file's reference is dropped right after.
+    fn release(_this: ArcBorrow<'_, Self>) {}
+}
+
+/// The C operation tables of files over `T`.
+///
+/// # Invariants
+///
+/// A `struct file` that carries these operations has in `private_data` what [`Arc::into_raw`] gave for an `Arc<T>`; that
+/// reference belongs to the file from `anon_inode_getfd` until `release`.
+struct FileTable<T>(PhantomData<T>);
+
+impl<T: FileOperations> FileTable<T> {
+    const FILE: bindings::file_operations = bindings::file_operations {
+        owner: OWNER,
+        llseek: Some(bindings::noop_llseek),
+        unlocked_ioctl: Some(Self::ioctl),
+        compat_ioctl: bindings::compat_ptr_ioctl,
+        mmap: if T::MAPPABLE { Some(Self::mmap) } else { None },
+        release: Some(Self::release),
+        ..pin_init::zeroed()
+    };
+    const MAPPING: bindings::vm_operations_struct =
+        bindings::vm_operations_struct { fault: Some(Self::fault), ..pin_init::zeroed() };
+
+    /// # Safety
+    ///
+    /// `file` must be an open file with these operations, and stay so for `'a`.
+    unsafe fn object<'a>(file: *mut bindings::file) -> ArcBorrow<'a, T> {
+        // SAFETY: by the type invariant `private_data` is a live `Arc<T>` as long as the file is open.
+        unsafe { ArcBorrow::from_raw((*file).private_data.cast::<T>()) }
+    }
+
+    unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+        // SAFETY: the kernel calls this for an open file with these operations and holds it over the call.
+        let this = unsafe { Self::object(file) };
+        match T::ioctl(this, cmd, arg) {
+            Ok(value) => value as c_long,
+            Err(error) => error.to_errno() as c_long,
+        }
+    }
+
+    unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+        // SAFETY: the kernel calls this once, at the last close; the file gives its reference back here.
+        let this = unsafe { Arc::from_raw((*file).private_data.cast::<T>()) };
+        T::release(this.as_arc_borrow());
+        0
+    }
+
+    unsafe extern "C" fn mmap(_file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
+        // SAFETY: the kernel passes an area under construction, which only this call may change.
+        unsafe { (*vma).vm_ops = &Self::MAPPING };
+        0
+    }
+
+    unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: the kernel passes a valid fault description; the area holds its file, which has these operations.
+        let (this, index) = unsafe {
+            let fault = &(*vmf).__bindgen_anon_1;
+            (Self::object((*fault.vma).vm_file), fault.pgoff)
+        };
+        match T::page(this, index as u64) {
+            Some(page) => {
+                // SAFETY: as above. The reference that `page` owns passes to the fault handler.
+                unsafe { (*vmf).page = ManuallyDrop::new(page).as_raw() };
+                0
+            }
+            None => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+        }
+    }
+}
+
+/// A new file descriptor (close-on-exec, read-write) whose file owns `this`. Userspace may use it before this returns.
+pub fn anon_fd<T: FileOperations>(this: Arc<T>) -> Result<i32> {
+    let raw = Arc::into_raw(this);
+    // SAFETY: the name and the table are static; the table's `private_data` is what its invariant asks for.
+    let fd = unsafe {
+        own::anon_inode_getfd(
+            T::NAME.as_char_ptr(),
+            &FileTable::<T>::FILE,
+            raw.cast_mut().cast(),
+            (bindings::O_RDWR | bindings::O_CLOEXEC) as c_int,
+        )
+    };
+    if fd < 0 {
+        // SAFETY: no file was made, so the reference is still ours.
+        drop(unsafe { Arc::from_raw(raw) });
+        return Err(Error::from_errno(fd));
+    }
+    Ok(fd)
+}
+
+/// The module's device node: opening it creates nothing, only `ioctl` does.
+pub trait DeviceOperations: 'static {
+    /// Name under `/dev`.
+    const NAME: &'static CStr;
+
+    /// An `ioctl` with its raw command number and argument.
+    fn ioctl(cmd: u32, arg: usize) -> Result<isize>;
+}
+
+/// A registered misc device with a dynamic minor; the node is mode 0600 until udev decides otherwise.
+///
+/// # Invariants
+///
+/// `device` is registered from the end of `register` until it is dropped.
+#[pin_data(PinnedDrop)]
+pub struct CharDevice<T: DeviceOperations> {
+    #[pin]
+    device: Opaque<bindings::miscdevice>,
+    operations: PhantomData<T>,
+}
+
+// SAFETY: registration and removal may happen on different threads.
+unsafe impl<T: DeviceOperations> Send for CharDevice<T> {}
+// SAFETY: there is no `&self` method.
+unsafe impl<T: DeviceOperations> Sync for CharDevice<T> {}
+
+impl<T: DeviceOperations> CharDevice<T> {
+    const FILE: bindings::file_operations = bindings::file_operations {
+        owner: OWNER,
+        llseek: Some(bindings::noop_llseek),
+        unlocked_ioctl: Some(Self::ioctl),
+        compat_ioctl: bindings::compat_ptr_ioctl,
+        ..pin_init::zeroed()
+    };
+
+    /// Registers the node. It can be opened before this returns.
+    pub fn register() -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            device <- Opaque::try_ffi_init(|slot: *mut bindings::miscdevice| {
+                let device = bindings::miscdevice {
+                    minor: bindings::MISC_DYNAMIC_MINOR as c_int,
+                    name: T::NAME.as_char_ptr(),
+                    fops: &Self::FILE,
+                    ..pin_init::zeroed()
+                };
+                // SAFETY: `slot` is valid for writing, pinned, and unregistered before it goes away.
+                kernel::error::to_result(unsafe {
+                    slot.write(device);
+                    bindings::misc_register(slot)
+                })
+            }),
+            operations: PhantomData,
+        })
+    }
+
+    unsafe extern "C" fn ioctl(_file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+        match T::ioctl(cmd, arg) {
+            Ok(value) => value as c_long,
+            Err(error) => error.to_errno() as c_long,
+        }
+    }
+}
+
+#[pinned_drop]
+impl<T: DeviceOperations> PinnedDrop for CharDevice<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: registered, by the type invariant.
+        unsafe { bindings::misc_deregister(self.device.get()) };
+    }
+}
