@@ -4,6 +4,7 @@
 
 mod bindings;
 pub(crate) mod cpu;
+pub(crate) mod error;
 pub(crate) mod fd;
 pub(crate) mod fpu;
 pub(crate) mod lock;

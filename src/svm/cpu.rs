@@ -11,6 +11,7 @@ use crate::{
     arch::msr,
     glue::{
         cpu::{self, HostFeatures, IrqsOff},
+        error,
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
         virt::Hardware,
@@ -71,7 +72,7 @@ impl Svm {
         }
         if !features.npt {
             pr_err!("this CPU has SVM but no nested paging, which Krab needs\n");
-            return Err(EOPNOTSUPP);
+            return Err(error::unsupported());
         }
         let per_cpu = PerCpu::new(|| {
             Ok(PerCpuState {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The SVM instructions and the registers that turn SVM on and off. One of the few files that may be unsafe.
+#![allow(unsafe_code)]
+
 use kernel::prelude::*;
 
 use crate::{

@@ -2,7 +2,8 @@
 //! AMD SVM with nested paging. APM Vol. 2 "Secure Virtual Machine".
 //!
 //! Not supported: shadow paging, nested virtualization, AVIC, encrypted guests.
-#![forbid(unsafe_code)]
+// Not `forbid`, which `insn` could not lift.
+#![deny(unsafe_code)]
 
 mod cpu;
 mod exit;

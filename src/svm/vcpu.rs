@@ -351,14 +351,14 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn inject(&mut self, event: Event) {
-        let control = &mut self.vmcb.control;
+        let Vmcb { control, save } = &mut *self.vmcb;
         let (kind, vector) = match event {
             Event::Interrupt(vector) => (event::TYPE_INTERRUPT, vector),
             Event::Nmi => (event::TYPE_NMI, vector::NMI),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
-                    (vector::PF, Some(address)) => self.vmcb.save.cr2 = address,
-                    (vector::DB, Some(bits)) => self.vmcb.save.dr6 |= bits,
+                    (vector::PF, Some(address)) => save.cr2 = address,
+                    (vector::DB, Some(bits)) => save.dr6 |= bits,
                     _ => {}
                 }
                 (event::TYPE_EXCEPTION, exception.vector)
