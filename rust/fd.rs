@@ -125,29 +125,30 @@ pub fn anon_fd<T: FileOperations>(this: Arc<T>) -> Result<i32> {
 }
 
 /// The module's device node: opening it creates nothing, only `ioctl` does.
-pub trait DeviceOperations: 'static {
+pub trait DeviceOperations: Send + Sync + 'static {
     /// Name under `/dev`.
     const NAME: &'static CStr;
 
     /// An `ioctl` with its raw command number and argument.
-    fn ioctl(cmd: u32, arg: usize) -> Result<isize>;
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize>;
 }
 
 /// A registered misc device with a dynamic minor; the node is mode 0600 until udev decides otherwise.
 ///
 /// # Invariants
 ///
-/// `device` is registered from the end of `register` until it is dropped.
+/// `device` is registered from the end of `register` until it is dropped. An open file's `private_data` points at it: that is what
+/// the misc driver stores, and this module, the file's owner, cannot go while one is open.
 #[pin_data(PinnedDrop)]
 pub struct CharDevice<T: DeviceOperations> {
+    operations: T,
     #[pin]
     device: Opaque<bindings::miscdevice>,
-    operations: PhantomData<T>,
 }
 
-// SAFETY: registration and removal may happen on different threads.
+// SAFETY: registration and removal may happen on different threads, and `T: Send`.
 unsafe impl<T: DeviceOperations> Send for CharDevice<T> {}
-// SAFETY: there is no `&self` method.
+// SAFETY: `&self` gives access to `operations` only, and `T: Sync`.
 unsafe impl<T: DeviceOperations> Sync for CharDevice<T> {}
 
 impl<T: DeviceOperations> CharDevice<T> {
@@ -160,8 +161,9 @@ impl<T: DeviceOperations> CharDevice<T> {
     };
 
     /// Registers the node. It can be opened before this returns.
-    pub fn register() -> impl PinInit<Self, Error> {
+    pub fn register(operations: T) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
+            operations,
             device <- Opaque::try_ffi_init(|slot: *mut bindings::miscdevice| {
                 let device = bindings::miscdevice {
                     minor: bindings::MISC_DYNAMIC_MINOR as c_int,
@@ -175,12 +177,16 @@ impl<T: DeviceOperations> CharDevice<T> {
                     bindings::misc_register(slot)
                 })
             }),
-            operations: PhantomData,
         })
     }
 
-    unsafe extern "C" fn ioctl(_file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
-        match T::ioctl(cmd, arg) {
+    unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+        // SAFETY: by the type's invariant `private_data` points at the `device` of a live `Self`.
+        let this = unsafe {
+            let device = (*file).private_data.cast::<Opaque<bindings::miscdevice>>();
+            &*device.byte_sub(core::mem::offset_of!(Self, device)).cast::<Self>()
+        };
+        match this.operations.ioctl(cmd, arg) {
             Ok(value) => value as c_long,
             Err(error) => error.to_errno() as c_long,
         }

@@ -4,6 +4,7 @@
 
 pub mod event;
 pub mod exit;
+pub mod queue;
 pub mod regs;
 
 pub use event::{Event, Exception};
