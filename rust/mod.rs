@@ -11,5 +11,6 @@ pub(crate) mod lock;
 pub(crate) mod page;
 pub(crate) mod percpu;
 pub(crate) mod phys;
+pub(crate) mod tables;
 pub(crate) mod user;
 pub(crate) mod virt;

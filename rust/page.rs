@@ -1,9 +1,236 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Kernel pages.
-use core::ptr::NonNull;
-use kernel::bindings;
+//! Kernel pages: private ones that hardware reads, and single pages that are shared with userspace.
+use core::{
+    ptr::{self, NonNull},
+    slice,
+};
+use kernel::{bindings, prelude::*};
+use zerocopy::Immutable;
 
 use super::bindings as own;
+use crate::arch::Hpa;
+
+/// Bytes in a page.
+pub const PAGE_SIZE: usize = bindings::PAGE_SIZE;
+
+/// Where the direct map shows `hpa`. Only an address: that memory exists there is the caller's knowledge.
+#[inline]
+pub(super) fn direct_map(hpa: Hpa) -> *mut u8 {
+    // SAFETY: set once at boot.
+    let base = unsafe { bindings::page_offset_base };
+    base.wrapping_add(hpa.0 as usize) as *mut u8
+}
+
+/// The page descriptor of `hpa`. Only an address, as for [`direct_map`].
+#[inline]
+pub(super) fn hpa_to_page(hpa: Hpa) -> *mut bindings::page {
+    // SAFETY: set once at boot.
+    let base = unsafe { bindings::vmemmap_base } as *mut bindings::page;
+    base.wrapping_add((hpa.0 / PAGE_SIZE as u64) as usize)
+}
+
+/// The physical address of a page.
+#[inline]
+pub(super) fn page_to_hpa(page: *const bindings::page) -> Hpa {
+    // SAFETY: set once at boot.
+    let base = unsafe { bindings::vmemmap_base };
+    let frame = (page as usize).wrapping_sub(base) / size_of::<bindings::page>();
+    Hpa((frame * PAGE_SIZE) as u64)
+}
+
+/// An integer that the memory bus moves at once.
+pub trait Word: Copy + Default + FromBytes + IntoBytes + Immutable {}
+impl Word for u8 {}
+impl Word for u16 {}
+impl Word for u32 {}
+impl Word for u64 {}
+
+/// A block of zeroed kernel pages, 2^`ORDER` of them, physically contiguous and aligned to its size.
+///
+/// # Invariants
+///
+/// `page` is the head of a block of that order that this value owns alone. Hardware may have been told its address; it
+/// writes only while its owner lets it run, as the world switch does.
+pub struct Pages<const ORDER: u32> {
+    page: NonNull<bindings::page>,
+}
+
+// SAFETY: the block is plain memory that belongs to the value.
+unsafe impl<const ORDER: u32> Send for Pages<ORDER> {}
+// SAFETY: writes need `&mut self`.
+unsafe impl<const ORDER: u32> Sync for Pages<ORDER> {}
+
+impl<const ORDER: u32> Pages<ORDER> {
+    /// Size of the block in bytes.
+    pub const LEN: usize = PAGE_SIZE << ORDER;
+
+    /// Allocates a zeroed block, charged to the caller's memory cgroup. May sleep.
+    pub fn new() -> Result<Self> {
+        let flags = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_ZERO;
+        // SAFETY: process context; the result is checked.
+        let page = unsafe { bindings::alloc_pages(flags, ORDER) };
+        // INVARIANT: fresh from the allocator.
+        Ok(Self { page: NonNull::new(page).ok_or(ENOMEM)? })
+    }
+
+    /// Physical address of the first byte, without the host's memory-encryption bit.
+    #[inline]
+    pub fn hpa(&self) -> Hpa {
+        page_to_hpa(self.page.as_ptr())
+    }
+
+    #[inline]
+    fn start(&self) -> *mut u8 {
+        direct_map(self.hpa())
+    }
+
+    /// The bytes.
+    #[inline]
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: the block is `LEN` initialised bytes, and is not written while `self` is borrowed.
+        unsafe { slice::from_raw_parts(self.start(), Self::LEN) }
+    }
+
+    /// The bytes, for writing.
+    #[inline]
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` is exclusive.
+        unsafe { slice::from_raw_parts_mut(self.start(), Self::LEN) }
+    }
+
+    /// The start of the block as a `T`, which must fit.
+    #[inline]
+    pub fn view<T: FromBytes + Immutable>(&self) -> &T {
+        const { assert!(size_of::<T>() <= Self::LEN && align_of::<T>() <= PAGE_SIZE) };
+        // SAFETY: in bounds and aligned; any bytes are a `T`; not written while `self` is borrowed.
+        unsafe { &*self.start().cast::<T>() }
+    }
+
+    /// The start of the block as a `T`, which must fit, for writing.
+    #[inline]
+    pub fn view_mut<T: FromBytes + IntoBytes>(&mut self) -> &mut T {
+        const { assert!(size_of::<T>() <= Self::LEN && align_of::<T>() <= PAGE_SIZE) };
+        // SAFETY: in bounds and aligned; any bytes are a `T` and every `T` is initialised bytes; `&mut self` is exclusive.
+        unsafe { &mut *self.start().cast::<T>() }
+    }
+}
+
+impl<const ORDER: u32> Drop for Pages<ORDER> {
+    fn drop(&mut self) {
+        // SAFETY: the block is ours and of that order, by the type invariant.
+        unsafe { bindings::__free_pages(self.page.as_ptr(), ORDER) };
+    }
+}
+
+/// A zeroed page that userspace may map, so its contents may change at any time. There are no references into it, only
+/// single loads and stores and copies. Offsets are in bytes; what lies outside the page reads as zero and is not written.
+///
+/// # Invariants
+///
+/// Owns one reference of `page`, an order-0 page.
+pub struct SharedPage {
+    page: NonNull<bindings::page>,
+}
+
+// SAFETY: the page is plain memory, reached by single accesses only.
+unsafe impl Send for SharedPage {}
+// SAFETY: as above.
+unsafe impl Sync for SharedPage {}
+
+impl SharedPage {
+    /// Allocates a zeroed page, charged to the caller's memory cgroup. May sleep.
+    pub fn new() -> Result<Self> {
+        let flags = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_ZERO;
+        // SAFETY: process context; the result is checked.
+        let page = unsafe { bindings::alloc_pages(flags, 0) };
+        // INVARIANT: fresh from the allocator with one reference.
+        Ok(Self { page: NonNull::new(page).ok_or(ENOMEM)? })
+    }
+
+    /// Another reference, for [`FileOperations::page`](super::fd::FileOperations::page).
+    pub fn user_page(&self) -> UserPage {
+        // SAFETY: our own reference keeps the page alive.
+        unsafe { own::krab_get_page(self.page.as_ptr()) };
+        // INVARIANT: the reference was just taken.
+        UserPage { page: self.page }
+    }
+
+    #[inline]
+    fn at<T>(&self, offset: usize) -> Option<*mut T> {
+        const { assert!(size_of::<T>() <= PAGE_SIZE) };
+        (offset <= PAGE_SIZE - size_of::<T>())
+            .then(|| direct_map(page_to_hpa(self.page.as_ptr())).wrapping_add(offset).cast())
+    }
+
+    /// One load; not atomic when misaligned.
+    #[inline]
+    pub fn load<T: Word>(&self, offset: usize) -> T {
+        if offset % size_of::<T>() != 0 {
+            return self.read(offset);
+        }
+        match self.at::<T>(offset) {
+            // SAFETY: in bounds and aligned; volatile, because userspace may write.
+            Some(at) => unsafe { ptr::read_volatile(at) },
+            None => T::default(),
+        }
+    }
+
+    /// One store; not atomic when misaligned.
+    #[inline]
+    pub fn store<T: Word>(&self, offset: usize, value: T) {
+        if offset % size_of::<T>() != 0 {
+            return self.write(offset, &value);
+        }
+        if let Some(at) = self.at::<T>(offset) {
+            // SAFETY: in bounds and aligned; volatile, because userspace may look.
+            unsafe { ptr::write_volatile(at, value) };
+        }
+    }
+
+    /// A copy of the `T` at `offset`; zeroes when it does not fit.
+    #[inline]
+    pub fn read<T: FromBytes>(&self, offset: usize) -> T {
+        match self.at::<T>(offset) {
+            // SAFETY: in bounds; any bytes are a `T`, also torn ones.
+            Some(at) => unsafe { ptr::read_unaligned(at) },
+            None => T::new_zeroed(),
+        }
+    }
+
+    /// Copies `value` to `offset`.
+    #[inline]
+    pub fn write<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
+        self.copy_in(offset, value.as_bytes());
+    }
+
+    /// Copies `bytes` into the page; nothing when they do not fit.
+    #[inline]
+    pub fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        if let (Some(at), true) = (self.at::<u8>(offset), bytes.len() <= PAGE_SIZE.saturating_sub(offset)) {
+            // SAFETY: in bounds; `bytes` is not in the page, because there are no references into it.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
+        }
+    }
+
+    /// Fills `bytes` from the page; zeroes when it does not reach that far.
+    #[inline]
+    pub fn copy_out(&self, offset: usize, bytes: &mut [u8]) {
+        match self.at::<u8>(offset) {
+            Some(at) if bytes.len() <= PAGE_SIZE.saturating_sub(offset) => {
+                // SAFETY: in bounds; `bytes` is not in the page, because there are no references into it.
+                unsafe { ptr::copy_nonoverlapping(at, bytes.as_mut_ptr(), bytes.len()) }
+            }
+            _ => bytes.fill(0),
+        }
+    }
+}
+
+impl Drop for SharedPage {
+    fn drop(&mut self) {
+        // SAFETY: the reference is ours by the type invariant. Mappings hold their own.
+        unsafe { own::krab_put_page(self.page.as_ptr()) };
+    }
+}
 
 /// A reference to a page that a userspace mapping may take over.
 ///
