@@ -38,6 +38,7 @@ macro_rules! layout {
 }
 
 pub mod cap;
+mod convert;
 pub mod ioctl;
 pub mod irq;
 pub mod pvclock;

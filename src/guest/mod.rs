@@ -2,6 +2,7 @@
 //! Guest architectural state and the vendor-neutral words for what stopped a guest and what goes into it.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod event;
 pub mod exit;
 pub mod queue;
