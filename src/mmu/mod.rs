@@ -15,6 +15,8 @@ pub mod walk;
 
 #[cfg(test)]
 mod nested_tests;
+#[cfg(test)]
+mod walk_tests;
 
 pub use crate::arch::paging::Level;
 pub use ept::Ept;
