@@ -5,6 +5,7 @@
 //! serializes its writers. Concurrent hardware walks are expected everywhere.
 #![forbid(unsafe_code)]
 
+pub mod dirty;
 pub mod ept;
 pub mod format;
 pub mod guest_mem;
@@ -16,9 +17,12 @@ pub mod walk;
 #[cfg(test)]
 mod nested_tests;
 #[cfg(test)]
+mod slots_tests;
+#[cfg(test)]
 mod walk_tests;
 
 pub use crate::arch::paging::Level;
+pub use dirty::DirtyBitmap;
 pub use ept::Ept;
 pub use format::{Format, MemoryType, Prot};
 pub use guest_mem::{GuestMem, Refused};

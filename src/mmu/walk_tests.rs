@@ -243,7 +243,7 @@ fn reference(m: &Memory, c: &Context, gva: u64, access: Option<Access>) -> Resul
                 (true, true, _) => all_u && !any_nx,
                 (true, false, true) => all_u && all_w,
                 (true, false, false) => all_u,
-                (false, true, _) => !any_nx && !(smep && all_u),
+                (false, true, _) => !(any_nx || smep && all_u),
                 (false, false, w) => {
                     let smap_ok = !all_u || !smap || (set(c.rflags, 18) && !implicit);
                     smap_ok && (!w || all_w || !set(c.cr0, 16))
