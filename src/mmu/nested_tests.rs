@@ -88,7 +88,7 @@ impl<F: Format> Fake<F> {
                 let size = 1u64 << (12 + 9 * (level - 1));
                 let base = entry & 0xF_FFFF_FFFF_F000;
                 assert_eq!(base % size, 0, "misaligned page");
-                return Some((base | (gfn << 12) % size, entry & F::WRITABLE != 0, F::executable(entry)));
+                return Some((base | ((gfn << 12) % size), entry & F::WRITABLE != 0, F::executable(entry)));
             }
             assert!(entry & F::WRITABLE != 0 && F::executable(entry), "a table restricts its pages");
             table = entry & 0xF_FFFF_FFFF_F000;

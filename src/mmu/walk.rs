@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The guest's own paging: from a linear to a guest physical address. SDM "Paging", APM Vol. 2 "Page Translation and
+//! Protection".
+//!
+//! All modes: none, 32-bit with 4 MiB pages and PSE-36, PAE, 4-level and 5-level. PAE page-directory pointers are read
+//! from memory on each walk, as CPUs with nested paging of AMD do. Accessed and dirty bits are set as hardware sets
+//! them: on the way down in entries that refer to tables, and in the last entry once the access is allowed.
+//! Not supported: linear-address masking, shadow stacks, supervisor protection keys.
+#![forbid(unsafe_code)]
+
+use super::guest_mem::{GuestMem, Refused};
+use crate::arch::addr::is_canonical;
+use crate::arch::cr::{cr0, cr4, efer, rflags};
+use crate::arch::paging::{entry, fault, ADDRESS, INDEX_BITS};
+use crate::arch::{Gpa, Gva};
+use crate::guest::Exception;
+
+/// The registers and features that decide how an address is translated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Context {
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    /// Only AC counts.
+    pub rflags: u64,
+    /// Protection-key rights; only used with CR4.PKE.
+    pub pkru: u32,
+    /// 0 to 3.
+    pub cpl: u8,
+    /// Physical address bits of the virtual CPU, 32 to 52.
+    pub physical_bits: u8,
+    /// The virtual CPU has 1 GiB pages.
+    pub pages_1g: bool,
+    /// Bit 8 of entries that refer to tables is reserved in the two highest levels, as on AMD.
+    pub upper_global_reserved: bool,
+}
+
+/// What the guest does with the address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessKind {
+    Read,
+    /// Also a read that a write follows.
+    Write,
+    Execute,
+}
+
+/// One access of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    pub kind: AccessKind,
+    /// The CPU itself accesses a system structure (descriptor table, TSS): a supervisor access at any CPL.
+    pub implicit: bool,
+}
+
+impl Access {
+    pub const READ: Self = Self { kind: AccessKind::Read, implicit: false };
+    pub const WRITE: Self = Self { kind: AccessKind::Write, implicit: false };
+    pub const EXECUTE: Self = Self { kind: AccessKind::Execute, implicit: false };
+    pub const SYSTEM_READ: Self = Self { kind: AccessKind::Read, implicit: true };
+    pub const SYSTEM_WRITE: Self = Self { kind: AccessKind::Write, implicit: true };
+}
+
+/// A successful translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    pub gpa: Gpa,
+    /// log2 of the page size in bytes: 12, 21, 22 or 30.
+    pub page_bits: u32,
+    /// All entries have W set.
+    pub writable: bool,
+    /// All entries have U set.
+    pub user: bool,
+    /// No entry has NX set.
+    pub executable: bool,
+}
+
+/// Why there is no translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalkError {
+    /// #PF with its error code, and the address for CR2.
+    Fault(Exception),
+    /// Not canonical: #GP(0), or #SS(0) for a stack access.
+    NonCanonical,
+    /// A table of the guest could not be accessed.
+    Tables(Gpa, Refused),
+    /// Other CPUs keep changing the same entry: run the instruction again.
+    Contended,
+}
+
+/// How often an entry may change under the walker before it gives up.
+const ATTEMPTS: u32 = 16;
+
+/// Translates `gva` for `access`, and sets accessed and dirty bits.
+///
+/// Without paging the result is the address itself: segmentation has wrapped it at 32 bits where that applies.
+#[inline]
+pub fn walk<M: GuestMem>(mem: &M, context: &Context, gva: Gva, access: Access) -> Result<Translation, WalkError> {
+    translate_with(mem, context, gva, Some(access))
+}
+
+/// Translates `gva` whatever the permissions, and changes nothing: KVM_TRANSLATE.
+pub fn translate<M: GuestMem>(mem: &M, context: &Context, gva: Gva) -> Result<Translation, WalkError> {
+    translate_with(mem, context, gva, None)
+}
+
+fn translate_with<M: GuestMem>(
+    mem: &M,
+    context: &Context,
+    gva: Gva,
+    access: Option<Access>,
+) -> Result<Translation, WalkError> {
+    if context.cr0 & cr0::PG == 0 {
+        return Ok(Translation { gpa: Gpa(gva.0), page_bits: 12, writable: true, user: true, executable: true });
+    }
+    let walk = Walk { mem, context, gva: gva.0, access };
+    if context.efer & efer::LMA != 0 {
+        let levels = if context.cr4 & cr4::LA57 != 0 { 5 } else { 4 };
+        if !is_canonical(gva.0, INDEX_BITS * levels + 12) {
+            return Err(WalkError::NonCanonical);
+        }
+        walk.descend(context.cr3 & ADDRESS, levels, context.reserved())
+    } else if context.cr4 & cr4::PAE != 0 {
+        walk.pae()
+    } else {
+        walk.two_level()
+    }
+}
+
+impl Context {
+    /// Reserved bits of all long-mode entries.
+    #[inline]
+    fn reserved(&self) -> u64 {
+        let beyond = u64::MAX.checked_shl(u32::from(self.physical_bits)).unwrap_or(0) & ADDRESS;
+        if self.efer & efer::NXE == 0 {
+            beyond | entry::NX
+        } else {
+            beyond
+        }
+    }
+
+    /// Whether the access counts as one of the user.
+    #[inline]
+    fn is_user(&self, access: Access) -> bool {
+        self.cpl == 3 && !access.implicit
+    }
+
+    /// Error code bits that describe the access.
+    fn access_code(&self, access: Access) -> u32 {
+        let mut code = if self.is_user(access) { fault::U } else { 0 };
+        match access.kind {
+            AccessKind::Read => {}
+            AccessKind::Write => code |= fault::W,
+            AccessKind::Execute => {
+                let no_execute = self.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0;
+                if no_execute || self.cr4 & cr4::SMEP != 0 {
+                    code |= fault::FETCH;
+                }
+            }
+        }
+        code
+    }
+
+    /// Whether the U, W and NX bits refuse the access. `rights` has NX inverted: set where execution is allowed.
+    #[inline]
+    fn refuses(&self, access: Access, rights: u64) -> bool {
+        let user_page = rights & entry::U != 0;
+        let user = self.is_user(access);
+        if user && !user_page {
+            return true;
+        }
+        if access.kind == AccessKind::Execute {
+            return rights & entry::NX == 0 || (!user && user_page && self.cr4 & cr4::SMEP != 0);
+        }
+        if access.kind == AccessKind::Write && rights & entry::W == 0 && (user || self.cr0 & cr0::WP != 0) {
+            return true;
+        }
+        let allowed_by_ac = !access.implicit && self.rflags & rflags::AC != 0;
+        !user && user_page && self.cr4 & cr4::SMAP != 0 && !allowed_by_ac
+    }
+
+    /// Whether the protection key in the last entry refuses the access. SDM "Protection Keys".
+    #[inline]
+    fn key_refuses(&self, access: Access, rights: u64, last: u64) -> bool {
+        if self.cr4 & cr4::PKE == 0
+            || self.efer & efer::LMA == 0
+            || rights & entry::U == 0
+            || access.kind == AccessKind::Execute
+        {
+            return false;
+        }
+        let key = (last >> entry::PK_SHIFT) as u32 & 0xF;
+        let (access_disable, write_disable) = (self.pkru >> (2 * key) & 1 != 0, self.pkru >> (2 * key) & 2 != 0);
+        let guarded = self.is_user(access) || self.cr0 & cr0::WP != 0;
+        access_disable || (write_disable && access.kind == AccessKind::Write && guarded)
+    }
+}
+
+struct Walk<'a, M> {
+    mem: &'a M,
+    context: &'a Context,
+    gva: u64,
+    /// `None`: look only.
+    access: Option<Access>,
+}
+
+impl<M: GuestMem> Walk<'_, M> {
+    #[cold]
+    fn fault(&self, code: u32) -> WalkError {
+        let access = self.access.map_or(0, |access| self.context.access_code(access));
+        WalkError::Fault(Exception::page_fault(code | access, self.gva))
+    }
+
+    /// Checks the access against the last entry; `rights` are those of all entries, with NX inverted.
+    #[inline]
+    fn check(&self, rights: u64, last: u64) -> Result<(), WalkError> {
+        let Some(access) = self.access else { return Ok(()) };
+        let key = self.context.key_refuses(access, rights, last);
+        if key || self.context.refuses(access, rights) {
+            return Err(self.fault(fault::P | if key { fault::PK } else { 0 }));
+        }
+        Ok(())
+    }
+
+    /// The accessed and dirty bits that an entry must have.
+    #[inline]
+    fn marks(&self, last: bool) -> u64 {
+        match self.access {
+            None => 0,
+            Some(Access { kind: AccessKind::Write, .. }) if last => entry::A | entry::D,
+            Some(_) => entry::A,
+        }
+    }
+
+    #[inline]
+    fn found(&self, base: u64, page_bits: u32, rights: u64) -> Translation {
+        let inside = (1 << page_bits) - 1;
+        Translation {
+            gpa: Gpa((base & !inside) | (self.gva & inside)),
+            page_bits,
+            writable: rights & entry::W != 0,
+            user: rights & entry::U != 0,
+            executable: rights & entry::NX != 0,
+        }
+    }
+
+    /// Tables of 64-bit entries: `levels` of them from the one at `table`.
+    #[inline]
+    fn descend(&self, mut table: u64, levels: u32, reserved: u64) -> Result<Translation, WalkError> {
+        let mut rights = u64::MAX;
+        let mut attempts = ATTEMPTS;
+        let mut level = levels;
+        loop {
+            let page_bits = 12 + INDEX_BITS * level.wrapping_sub(1);
+            let at = Gpa(table | (self.gva >> page_bits & 0x1FF) << 3);
+            let bits = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
+            if bits & entry::P == 0 {
+                return Err(self.fault(0));
+            }
+            let last = level == 1 || bits & entry::PS != 0;
+            if bits & (reserved | self.reserved_at(level, last)) != 0 {
+                return Err(self.fault(fault::P | fault::RSVD));
+            }
+            let rights_here = rights & (bits ^ entry::NX);
+            if last {
+                self.check(rights_here, bits)?;
+            }
+            let marked = bits | self.marks(last);
+            if marked != bits {
+                match self.mem.compare_exchange_u64(at, bits, marked) {
+                    // Tables in read-only memory work as if their bits were set.
+                    Ok(true) | Err(Refused::ReadOnly) => {}
+                    Ok(false) if attempts == 0 => return Err(WalkError::Contended),
+                    Ok(false) => {
+                        attempts -= 1;
+                        continue;
+                    }
+                    Err(why) => return Err(WalkError::Tables(at, why)),
+                }
+            }
+            if last {
+                return Ok(self.found(bits & ADDRESS, page_bits, rights_here));
+            }
+            rights = rights_here;
+            table = bits & ADDRESS;
+            level = level.wrapping_sub(1);
+        }
+    }
+
+    /// Bits reserved at a level besides those reserved everywhere.
+    #[inline]
+    fn reserved_at(&self, level: u32, last: bool) -> u64 {
+        /// Below the address of a large page, without the PAT bit.
+        const BELOW_2M: u64 = 0x001F_E000;
+        const BELOW_1G: u64 = 0x3FFF_E000;
+        match level {
+            2 if last => BELOW_2M,
+            3 if last && self.context.pages_1g => BELOW_1G,
+            3 if last => entry::PS,
+            4.. if self.context.upper_global_reserved => entry::PS | entry::G,
+            4.. => entry::PS,
+            _ => 0,
+        }
+    }
+
+    /// PAE paging: a page-directory pointer, then two levels.
+    fn pae(&self) -> Result<Translation, WalkError> {
+        /// Bits 2-1 and 8-5 of a pointer, and 63-52 of all entries.
+        const POINTER_RESERVED: u64 = 0x1E6;
+        const HIGH: u64 = 0xFFF0_0000_0000_0000;
+        let at = Gpa((self.context.cr3 & 0xFFFF_FFE0) | (self.gva >> 30 & 3) << 3);
+        let pointer = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
+        if pointer & entry::P == 0 {
+            return Err(self.fault(0));
+        }
+        let reserved = self.context.reserved() | (HIGH & !entry::NX);
+        if pointer & (reserved | HIGH | POINTER_RESERVED) != 0 {
+            return Err(self.fault(fault::P | fault::RSVD));
+        }
+        self.descend(pointer & ADDRESS, 2, reserved)
+    }
+
+    /// 32-bit paging: two levels of 32-bit entries.
+    fn two_level(&self) -> Result<Translation, WalkError> {
+        let mut table = self.context.cr3 & 0xFFFF_F000;
+        let mut rights = u64::MAX;
+        let mut attempts = ATTEMPTS;
+        let mut directory = true;
+        loop {
+            let page_bits = if directory { 22 } else { 12 };
+            let at = Gpa(table | (self.gva >> page_bits & 0x3FF) << 2);
+            let bits = u64::from(self.mem.read_u32(at).map_err(|why| WalkError::Tables(at, why))?);
+            if bits & entry::P == 0 {
+                return Err(self.fault(0));
+            }
+            let large = directory && bits & entry::PS != 0 && self.context.cr4 & cr4::PSE != 0;
+            let last = large || !directory;
+            if large && bits & self.reserved_4m() != 0 {
+                return Err(self.fault(fault::P | fault::RSVD));
+            }
+            let rights_here = rights & (bits | entry::NX);
+            if last {
+                self.check(rights_here, bits)?;
+            }
+            let marked = bits | self.marks(last);
+            if marked != bits {
+                match self.mem.compare_exchange_u32(at, bits as u32, marked as u32) {
+                    Ok(true) | Err(Refused::ReadOnly) => {}
+                    Ok(false) if attempts == 0 => return Err(WalkError::Contended),
+                    Ok(false) => {
+                        attempts -= 1;
+                        continue;
+                    }
+                    Err(why) => return Err(WalkError::Tables(at, why)),
+                }
+            }
+            if last {
+                // PSE-36: bits 20-13 of a 4 MiB entry are bits 39-32 of the address.
+                let high = if large { (bits >> 13 & 0xFF) << 32 } else { 0 };
+                return Ok(self.found((bits & 0xFFFF_F000) | high, page_bits, rights_here));
+            }
+            rights = rights_here;
+            table = bits & 0xFFFF_F000;
+            directory = false;
+        }
+    }
+
+    /// Reserved bits of a 4 MiB entry: 21, and those of 20 to 13 that are past the physical address width.
+    fn reserved_4m(&self) -> u64 {
+        let high_bits = u32::from(self.context.physical_bits.clamp(32, 40)) - 32;
+        0x3F_E000 & !(((1 << high_bits) - 1) << 13)
+    }
+}
