@@ -75,6 +75,8 @@ pub mod efer {
     pub const SVME: u64 = 1 << 12;
     pub const LMSLE: u64 = 1 << 13;
     pub const FFXSR: u64 = 1 << 14;
+    /// Automatic IBRS.
+    pub const AIBRSE: u64 = 1 << 21;
 }
 
 /// XCR0 bits: state components that XSAVE manages.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod cpuid;
 pub mod cr;
 pub mod msr;
 pub mod paging;

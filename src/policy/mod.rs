@@ -1,2 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
+//! What a guest may see and change: CPUID filter and table, the limits that follow from it, and the MSRs.
 #![forbid(unsafe_code)]
+
+pub mod caps;
+pub mod cpuid;
+pub mod cpuid_table;
+
+#[cfg(test)]
+mod cpuid_tests;
+
+pub use caps::GuestCaps;
+pub use cpuid::HostFeatures;
+pub use cpuid_table::CpuidTable;
