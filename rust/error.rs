@@ -6,3 +6,8 @@ use kernel::{bindings, error::Error};
 pub(crate) fn unsupported() -> Error {
     Error::from_errno(-(bindings::EOPNOTSUPP as i32))
 }
+
+/// `EHWPOISON`: the memory is broken.
+pub(crate) fn hwpoison() -> Error {
+    Error::from_errno(-(bindings::EHWPOISON as i32))
+}

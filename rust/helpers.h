@@ -33,6 +33,15 @@ void krab_raw_spin_assert_held(struct raw_spinlock *lock);
 void krab_get_page(struct page *page);
 void krab_put_page(struct page *page);
 
+/* guest_mem.rs */
+unsigned int krab_host_mapping_level(struct page *page, unsigned long address);
+void krab_put_used_page(struct page *page, bool dirty);
+void krab_send_hwpoison(void *address);
+
+/* task.rs */
+int xfer_to_guest_mode_handle_work(void);
+void krab_cond_resched(void);
+
 /* timer.rs */
 u64 krab_rdtsc(void);
 

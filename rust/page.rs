@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Kernel pages: private ones that hardware reads, and single pages that are shared with userspace.
-use core::{
-    ptr::{self, NonNull},
-    slice,
-};
+//! Single kernel pages that are shared with userspace, and the way from physical addresses to page descriptors.
+use core::ptr::{self, NonNull};
 use kernel::{bindings, prelude::*};
 use zerocopy::Immutable;
 
@@ -44,83 +41,6 @@ impl Word for u8 {}
 impl Word for u16 {}
 impl Word for u32 {}
 impl Word for u64 {}
-
-/// A block of zeroed kernel pages, 2^`ORDER` of them, physically contiguous and aligned to its size.
-///
-/// # Invariants
-///
-/// `page` is the head of a block of that order that this value owns alone. Hardware may have been told its address; it
-/// writes only while its owner lets it run, as the world switch does.
-pub struct Pages<const ORDER: u32> {
-    page: NonNull<bindings::page>,
-}
-
-// SAFETY: the block is plain memory that belongs to the value.
-unsafe impl<const ORDER: u32> Send for Pages<ORDER> {}
-// SAFETY: writes need `&mut self`.
-unsafe impl<const ORDER: u32> Sync for Pages<ORDER> {}
-
-impl<const ORDER: u32> Pages<ORDER> {
-    /// Size of the block in bytes.
-    pub const LEN: usize = PAGE_SIZE << ORDER;
-
-    /// Allocates a zeroed block, charged to the caller's memory cgroup. May sleep.
-    pub fn new() -> Result<Self> {
-        let flags = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_ZERO;
-        // SAFETY: process context; the result is checked.
-        let page = unsafe { bindings::alloc_pages(flags, ORDER) };
-        // INVARIANT: fresh from the allocator.
-        Ok(Self { page: NonNull::new(page).ok_or(ENOMEM)? })
-    }
-
-    /// Physical address of the first byte, without the host's memory-encryption bit.
-    #[inline]
-    pub fn hpa(&self) -> Hpa {
-        page_to_hpa(self.page.as_ptr())
-    }
-
-    #[inline]
-    fn start(&self) -> *mut u8 {
-        direct_map(self.hpa())
-    }
-
-    /// The bytes.
-    #[inline]
-    pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: the block is `LEN` initialised bytes, and is not written while `self` is borrowed.
-        unsafe { slice::from_raw_parts(self.start(), Self::LEN) }
-    }
-
-    /// The bytes, for writing.
-    #[inline]
-    pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` is exclusive.
-        unsafe { slice::from_raw_parts_mut(self.start(), Self::LEN) }
-    }
-
-    /// The start of the block as a `T`, which must fit.
-    #[inline]
-    pub fn view<T: FromBytes + Immutable>(&self) -> &T {
-        const { assert!(size_of::<T>() <= Self::LEN && align_of::<T>() <= PAGE_SIZE) };
-        // SAFETY: in bounds and aligned; any bytes are a `T`; not written while `self` is borrowed.
-        unsafe { &*self.start().cast::<T>() }
-    }
-
-    /// The start of the block as a `T`, which must fit, for writing.
-    #[inline]
-    pub fn view_mut<T: FromBytes + IntoBytes>(&mut self) -> &mut T {
-        const { assert!(size_of::<T>() <= Self::LEN && align_of::<T>() <= PAGE_SIZE) };
-        // SAFETY: in bounds and aligned; any bytes are a `T` and every `T` is initialised bytes; `&mut self` is exclusive.
-        unsafe { &mut *self.start().cast::<T>() }
-    }
-}
-
-impl<const ORDER: u32> Drop for Pages<ORDER> {
-    fn drop(&mut self) {
-        // SAFETY: the block is ours and of that order, by the type invariant.
-        unsafe { bindings::__free_pages(self.page.as_ptr(), ORDER) };
-    }
-}
 
 /// A zeroed page that userspace may map, so its contents may change at any time. There are no references into it, only
 /// single loads and stores and copies. Offsets are in bytes; what lies outside the page reads as zero and is not written.
