@@ -249,8 +249,8 @@ impl<F: Format> NestedTable<F> {
         })
     }
 
-    /// Unmaps every page that has a frame among `count` from `start`: a large page goes whole. Tables that the range
-    /// covers go too. Returns whether a flush is owed.
+    /// Unmaps every page that has a frame among `count` from `start`: a large page goes whole, accessed and dirty bits
+    /// with it. Tables that the range covers go too. Returns whether a flush is owed.
     pub fn unmap_range<T: Tables>(&mut self, tables: &mut T, start: Gfn, count: u64) -> bool {
         self.unmap_some(tables, start, count, usize::MAX).flush
     }
@@ -558,7 +558,7 @@ impl Zap {
             let first = base + ((index as u64) << (INDEX_BITS * (depth - 1)));
             let end = first + span(depth);
             if self.budget == 0 {
-                return Some(first.max(self.start));
+                return Some(first);
             }
             if !is_leaf::<F>(entry, depth) {
                 let child = F::address(entry);

@@ -156,6 +156,8 @@ impl<F: Format> Tables for Fake<F> {
         if self.linked.contains(&table.0) && same_page {
             assert!(old & both == both, "a plain store could lose what hardware sets");
         }
+        let splits = F::present(entry) && old & F::LARGE != 0 && entry & F::LARGE == 0;
+        assert!(!splits || !self.linked.contains(&table.0), "a split could lose what hardware sets");
         self.store(table.0, index, entry);
     }
 
@@ -405,6 +407,9 @@ fn entries_have_the_layout_of_the_manuals() {
     let device = Prot { memory_type: MemoryType::Uncached, ..prot };
     assert_eq!(Npt::leaf(Hpa(0xFEE00000), Level::Page4K, device), 0xFEE0_007F);
     assert_eq!(Ept::leaf(Hpa(0xFEE00000), Level::Page4K, device), 0xFEE0_0307);
+    let read_only = Prot { dirty: true, ..Prot::touched(false, true) };
+    assert_eq!(Npt::leaf(Hpa(0), Level::Page4K, read_only) & Npt::DIRTY, 0);
+    assert_eq!(Ept::leaf(Hpa(0), Level::Page4K, read_only) & Ept::DIRTY, 0);
     assert_eq!(entry::NX, 1 << 63);
     assert_eq!(ept::TYPE_WB, 6);
 }

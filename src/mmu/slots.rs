@@ -210,8 +210,9 @@ pub fn plan<B>(slots: &[Slot<B>], request: &Request, limits: &Limits) -> Result<
     let to = slots.partition_point(|slot| slot.base < base);
     let clashes =
         |at: usize| Some(at) != from && slots.get(at).is_some_and(|slot| slot.base.0 < end && base.0 < slot.end().0);
-    // Only a slot that starts before `base`, or at or after it, can overlap; one neighbour may be the slot itself.
-    if (to.saturating_sub(2)..to.saturating_add(2)).any(clashes) {
+    // Only the neighbours can overlap. If one of them is the slot itself, on the move, then what lies beyond it is
+    // out of reach: the size does not change.
+    if (to.saturating_sub(1)..to.saturating_add(1)).any(clashes) {
         return Err(SlotError::Overlap);
     }
     if end > limits.end.0 {
