@@ -28,6 +28,8 @@ void krab_host_features(struct krab_host_features *features)
 		.rdtscp = boot_cpu_has(X86_FEATURE_RDTSCP) || boot_cpu_has(X86_FEATURE_RDPID),
 		.spec_ctrl = boot_cpu_has(X86_FEATURE_MSR_SPEC_CTRL),
 		.la57 = pgtable_l5_enabled(),
+		.lfence_serializing = boot_cpu_has(X86_FEATURE_LFENCE_RDTSC),
+		.invariant_tsc = boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
 	};
 }
 

@@ -18,6 +18,8 @@ struct krab_host_features {
 	bool rdtscp;
 	bool spec_ctrl;
 	bool la57;
+	bool lfence_serializing;
+	bool invariant_tsc;
 };
 
 void krab_host_features(struct krab_host_features *features);

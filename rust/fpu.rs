@@ -36,18 +36,13 @@ pub(crate) struct GuestFpu {
 }
 
 impl GuestFpu {
-    /// Reset state. `ENOTSUPP` without XSAVE or when the host's image is larger than [`AREA_BYTES`].
+    /// Reset state. Fails like [`host_components`].
     pub(crate) fn new() -> Result<Self> {
-        let features = cpu::host_features();
-        // CPUID.0Dh.0:EBX is the size for what XCR0 has on now.
-        if !features.xsave || cpu::cpuid(0xD, 0)[1] as usize > AREA_BYTES {
-            return Err(ENOTSUPP);
-        }
         let mut fpu = Self {
             area: KBox::zeroed(GFP_KERNEL_ACCOUNT)?,
-            supported: host_xcr0(),
+            supported: host_components()?,
             xcr0: xcr0::X87,
-            has_pku: features.pku,
+            has_pku: cpu::host_features().pku,
             tsc_aux: None,
             breakpoints: [0; 4],
             breakpoints_enabled: false,
@@ -76,15 +71,9 @@ impl GuestFpu {
         self.xcr0
     }
 
-    /// Sets the guest's XCR0. `EINVAL` when the combination is not architectural or not supported. SDM "XSETBV".
+    /// Sets the guest's XCR0; the CPU must accept the combination. `EINVAL` for a component that the host does not manage.
     pub(crate) fn set_xcr0(&mut self, value: u64) -> Result {
-        let avx512 = xcr0::OPMASK | xcr0::ZMM_HI256 | xcr0::HI16_ZMM;
-        let bad = value & !self.supported != 0
-            || value & xcr0::X87 == 0
-            || value & xcr0::AVX != 0 && value & xcr0::SSE == 0
-            || value & avx512 != 0 && (value & avx512 != avx512 || value & xcr0::AVX == 0)
-            || (value & xcr0::BNDREGS != 0) != (value & xcr0::BNDCSR != 0);
-        if bad {
+        if value & !self.supported != 0 || value & xcr0::X87 == 0 {
             return Err(EINVAL);
         }
         self.xcr0 = value;
@@ -203,9 +192,14 @@ impl Drop for Window<'_> {
     }
 }
 
-fn host_xcr0() -> u64 {
-    // SAFETY: the CPU has XSAVE and the kernel enabled it: the caller checked.
-    unsafe { bindings::krab_xgetbv() }
+/// State components that the host manages: its XCR0. `ENOTSUPP` without XSAVE or when their image is larger than [`AREA_BYTES`].
+pub(crate) fn host_components() -> Result<u64> {
+    // CPUID.0Dh.0:EBX is the size for what XCR0 has on now.
+    if !cpu::host_features().xsave || cpu::cpuid(0xD, 0)[1] as usize > AREA_BYTES {
+        return Err(ENOTSUPP);
+    }
+    // SAFETY: the CPU has XSAVE and the kernel enabled it.
+    Ok(unsafe { bindings::krab_xgetbv() })
 }
 
 /// TSC_AUX of this CPU, by RDTSCP: no MSR access.

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `/dev/krab` itself: what a client asks before it has a virtual machine.
+#![forbid(unsafe_code)]
+
+use kernel::{prelude::*, sync::Arc};
+
+use crate::{
+    abi::{
+        cap,
+        ioctl::*,
+        vcpu::{KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrList, KvmMsrs, KVM_MAX_CPUID_ENTRIES, MAX_IO_MSRS},
+        KVM_API_VERSION,
+    },
+    arch::Hva,
+    glue::{
+        cpu,
+        fd::{self, DeviceOperations},
+        fpu, user,
+        virt::Owner,
+    },
+    policy::{caps::GuestCaps, cpuid, msr},
+    vendor::Vendor,
+    vm::Vm,
+};
+
+/// Most virtual CPUs in a machine, and one more than the highest id.
+pub(crate) const MAX_VCPUS: u32 = 1024;
+/// Bytes that a vCPU's file descriptor can be mapped for: `struct kvm_run` and the data page of port exits.
+pub(crate) const VCPU_MMAP_BYTES: isize = 2 * 4096;
+
+/// What does not change while the module is loaded.
+pub(crate) struct Host<V: Vendor> {
+    pub(crate) owner: Owner<V>,
+    /// What KVM_GET_SUPPORTED_CPUID returns.
+    pub(crate) supported_cpuid: KVVec<KvmCpuidEntry2>,
+    /// The same as capabilities: the most that any guest may do.
+    pub(crate) caps: GuestCaps,
+    limits: cap::Limits,
+}
+
+impl<V: Vendor> Host<V> {
+    /// Takes `hardware` into use.
+    pub(crate) fn new(hardware: Arc<V>) -> Result<Arc<Self>> {
+        let xcr0 = fpu::host_components()?;
+        let features = cpu::host_features();
+        let host_features = cpuid::HostFeatures {
+            xcr0,
+            tsc_aux: features.rdtscp,
+            spec_ctrl: features.spec_ctrl,
+            lfence_serializing: features.lfence_serializing,
+            invariant_tsc: features.invariant_tsc,
+            la57: features.la57,
+            nested_address_bits: 48,
+            pv_features: cpuid::PV_FEATURES,
+        };
+        let mut supported = KVVec::new();
+        supported.resize(KVM_MAX_CPUID_ENTRIES as usize, KvmCpuidEntry2::default(), GFP_KERNEL)?;
+        let count = cpuid::supported(cpu::cpuid, &host_features, &mut supported).map_err(|_| E2BIG)?;
+        supported.truncate(count);
+        let caps = GuestCaps::derive(|function, index| {
+            let found = supported.iter().find(|entry| entry.function == function && entry.index == index);
+            found.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+        });
+        let limits = cap::Limits {
+            recommended_vcpus: (cpu::ids() as u32).min(MAX_VCPUS),
+            max_vcpus: MAX_VCPUS,
+            max_vcpu_id: MAX_VCPUS,
+            memory_slots: crate::mmu::slots::USER_SLOTS,
+            xsave: true,
+            xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
+        };
+        Ok(Arc::new(Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, limits }, GFP_KERNEL)?)
+    }
+
+    /// What KVM_CHECK_EXTENSION answers, on the system and on a VM.
+    pub(crate) fn check_extension(&self, number: usize) -> isize {
+        cap::check_extension(number as u64, &self.limits) as isize
+    }
+}
+
+/// The device node.
+pub(crate) struct System<V: Vendor>(pub(crate) Arc<Host<V>>);
+
+impl<V: Vendor> DeviceOperations for System<V> {
+    const NAME: &'static CStr = c"krab";
+
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        let at = Hva(arg as u64);
+        match cmd {
+            KVM_GET_API_VERSION if arg == 0 => Ok(KVM_API_VERSION as isize),
+            KVM_GET_VCPU_MMAP_SIZE if arg == 0 => Ok(VCPU_MMAP_BYTES),
+            KVM_GET_API_VERSION | KVM_GET_VCPU_MMAP_SIZE => Err(EINVAL),
+            KVM_CREATE_VM if arg == 0 => Ok(fd::anon_fd(Vm::new(self.0.clone())?)? as isize),
+            KVM_CREATE_VM => Err(EINVAL),
+            KVM_CHECK_EXTENSION => Ok(self.0.check_extension(arg)),
+            KVM_GET_SUPPORTED_CPUID => {
+                let mut head: KvmCpuid2 = user::read(at)?;
+                let entries = &self.0.supported_cpuid;
+                if (head.nent as usize) < entries.len() {
+                    return Err(E2BIG);
+                }
+                head.nent = entries.len() as u32;
+                user::write(at, &head)?;
+                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), &entries[..])?;
+                Ok(0)
+            }
+            KVM_GET_MSR_INDEX_LIST => write_list(at, msr::INDEX_LIST),
+            KVM_GET_MSR_FEATURE_INDEX_LIST => write_list(at, msr::FEATURE_INDEX_LIST),
+            KVM_GET_MSRS => each_msr(at, |entry| {
+                entry.data = msr::feature(entry.index).ok_or(EINVAL)?;
+                Ok(())
+            }),
+            KVM_X86_GET_MCE_CAP_SUPPORTED => {
+                user::write(at, &msr::MCE_CAP_SUPPORTED)?;
+                Ok(0)
+            }
+            _ => Err(ENOTTY),
+        }
+    }
+}
+
+/// Writes a `struct kvm_msr_list`: always its true length, and E2BIG when the caller has less room.
+fn write_list(at: Hva, list: &[u32]) -> Result<isize> {
+    let head: KvmMsrList = user::read(at)?;
+    user::write(at, &KvmMsrList { nmsrs: list.len() as u32 })?;
+    if (head.nmsrs as usize) < list.len() {
+        return Err(E2BIG);
+    }
+    user::write(at.wrapping_add(size_of::<KvmMsrList>() as u64), list)?;
+    Ok(0)
+}
+
+/// Goes through a `struct kvm_msrs` until `f` fails, and writes it back. Returns the number of entries that went well, as KVM does.
+pub(crate) fn each_msr(at: Hva, mut f: impl FnMut(&mut KvmMsrEntry) -> Result) -> Result<isize> {
+    let head: KvmMsrs = user::read(at)?;
+    let at = at.wrapping_add(size_of::<KvmMsrs>() as u64);
+    let mut entries: KVVec<KvmMsrEntry> = user::read_vec(at, head.nmsrs as usize, MAX_IO_MSRS as usize - 1)?;
+    let done = entries.iter_mut().position(|entry| f(entry).is_err()).unwrap_or(head.nmsrs as usize);
+    user::write(at, &entries[..])?;
+    Ok(done as isize)
+}

@@ -1,0 +1,474 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Guest memory of a VM: slots over the virtual machine monitor's address space, the nested table that maps them, and the dirty log.
+//!
+//! Nothing is pinned: pages come from the address space when the guest touches them, and its MMU notifier takes them back.
+#![forbid(unsafe_code)]
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use kernel::{
+    new_mutex, new_spinlock,
+    prelude::*,
+    sync::{Arc, Mutex, SpinLock},
+};
+
+use crate::{
+    abi::vm::{KvmDirtyLog, KvmUserspaceMemoryRegion},
+    arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
+    glue::{
+        guest_mem::{AddressSpace, Invalidate, Want},
+        srcu::SrcuCell,
+        tables::{TablePages, TableStock},
+        user,
+    },
+    guest::exit::NestedFault,
+    mmu::{
+        dirty,
+        guest_mem::{GuestMem, Refused},
+        nested::{MapError, NestedTable, TABLES_PER_MAP},
+        slots::{self, flags, Change, SlotError},
+        Format, MemoryType, Prot,
+    },
+    vcpu::Peers,
+};
+
+/// One bit a page, set when the page is written.
+type DirtyLog = Option<Arc<KVVec<AtomicU64>>>;
+type Slot = slots::Slot<DirtyLog>;
+type Slots = KVVec<Slot>;
+
+/// First frame that no slot may reach: four levels of nested tables.
+const END: Gfn = Gfn(1 << 36);
+/// First address past the user half with four-level paging.
+const USER_END: Hva = Hva((1 << 47) - 4096);
+/// Pages or tables removed in one go before others get the lock.
+const BUDGET: usize = 512;
+
+/// Neighbours looked up with a page that faults: what is present gets mapped at once.
+const AROUND: usize = 15;
+
+/// What became of a nested fault.
+pub(crate) enum Fault {
+    /// The guest can go on.
+    Mapped,
+    /// No slot there, or a write to a read-only one: a device.
+    Mmio,
+    /// Sleeping is needed: again from where one may.
+    Sleep,
+}
+
+struct Nested<F: Format> {
+    table: NestedTable<F>,
+    pages: TablePages,
+}
+
+/// The part that the MMU notifier reaches.
+#[pin_data]
+pub(crate) struct Mapped<F: Format + 'static> {
+    #[pin]
+    slots: SrcuCell<Slots>,
+    #[pin]
+    nested: SpinLock<Nested<F>>,
+    peers: Arc<Peers>,
+}
+
+/// Guest memory of one VM.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
+    #[pin]
+    space: AddressSpace<Mapped<F>>,
+    /// One change of the slots, or harvest of a log, at a time.
+    #[pin]
+    update: Mutex<()>,
+    root: Hpa,
+}
+
+impl<F: Format + 'static> Mapped<F> {
+    /// Unmaps `count` frames from `start` and waits until no CPU uses them.
+    fn unmap(&self, start: Gfn, count: u64) {
+        let mut next = Some(start);
+        let end = start.0.saturating_add(count);
+        while let Some(from) = next {
+            let mut nested = self.nested.lock();
+            let Nested { table, pages } = &mut *nested;
+            let progress = table.unmap_some(pages, from, end.saturating_sub(from.0), BUDGET);
+            let retired = pages.has_retired().then(|| pages.take_retired());
+            drop(nested);
+            if progress.flush || retired.is_some() {
+                self.peers.flush_tlbs();
+            }
+            // Hardware has let go of the tables now.
+            drop(retired);
+            next = progress.next;
+        }
+    }
+
+    /// Calls `f` with the frames of every slot that lie in the range of host addresses.
+    fn for_each_range(&self, start: Hva, end: Hva, mut f: impl FnMut(Gfn, u64)) {
+        for slot in self.slots.read().iter() {
+            if let Some((first, count)) = slot.frames_in(start, end) {
+                f(first, count);
+            }
+        }
+    }
+}
+
+impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
+    fn invalidate(&self, start: Hva, end: Hva, _may_block: bool) {
+        self.for_each_range(start, end, |first, count| self.unmap(first, count));
+    }
+
+    fn clear_young(&self, start: Hva, end: Hva, flush: bool) -> bool {
+        let mut young = false;
+        self.for_each_range(start, end, |first, count| {
+            let mut nested = self.nested.lock();
+            let Nested { table, pages } = &mut *nested;
+            young |= table.clear_accessed(pages, first, count);
+        });
+        if young && flush {
+            self.peers.flush_tlbs();
+        }
+        young
+    }
+
+    fn test_young(&self, at: Hva) -> bool {
+        let mut young = false;
+        self.for_each_range(at, at.wrapping_add(1), |first, count| {
+            let mut nested = self.nested.lock();
+            let Nested { table, pages } = &mut *nested;
+            young |= table.test_accessed(pages, first, count);
+        });
+        young
+    }
+
+    fn released(&self) {
+        self.unmap(Gfn(0), END.0);
+    }
+}
+
+impl<F: Format + Send + Sync + 'static> Memory<F> {
+    /// No memory yet. `levels`: depth of the nested table.
+    pub(crate) fn new(peers: Arc<Peers>, levels: u8) -> impl PinInit<Self, Error> {
+        let tables = || -> Result<Nested<F>> {
+            let mut pages = TablePages::new();
+            pages.refill(TableStock::allocate(1)?);
+            let table = NestedTable::new(&mut pages, levels.into(), false).ok_or(ENOMEM)?;
+            Ok(Nested { table, pages })
+        };
+        pin_init::pin_init_scope(move || {
+            let nested = tables()?;
+            let root = nested.table.root();
+            Ok(try_pin_init!(Self {
+                space <- AddressSpace::new(try_pin_init!(Mapped {
+                    slots <- SrcuCell::new(Slots::new())?,
+                    nested <- new_spinlock!(nested),
+                    peers,
+                })),
+                update <- new_mutex!(()),
+                root,
+            }? Error))
+        })
+    }
+
+    /// Root of the nested table.
+    pub(crate) fn root(&self) -> Hpa {
+        self.root
+    }
+
+    /// Whether the caller runs in the VM's address space. Only then may the VM be used.
+    pub(crate) fn is_current(&self) -> bool {
+        self.space.is_current()
+    }
+
+    /// KVM_SET_USER_MEMORY_REGION.
+    pub(crate) fn set_region(&self, region: &KvmUserspaceMemoryRegion) -> Result {
+        let request = slots::Request {
+            slot: region.slot,
+            flags: region.flags,
+            guest_phys_addr: region.guest_phys_addr,
+            memory_size: region.memory_size,
+            userspace_addr: region.userspace_addr,
+        };
+        let _update = self.update.lock();
+        let old = self.space.slots.read();
+        let change = slots::plan(&old, &request, &slots::Limits { end: END, user_end: USER_END }).map_err(|e| match e {
+            SlotError::Invalid => EINVAL,
+            SlotError::Overlap => EEXIST,
+        })?;
+        let mut new = Slots::with_capacity(old.len() + 1, GFP_KERNEL_ACCOUNT)?;
+        for slot in old.iter() {
+            new.push(slot.clone(), GFP_KERNEL_ACCOUNT)?;
+        }
+        drop(old);
+        let (gone, changed) = match change {
+            Change::Nothing => return Ok(()),
+            Change::Create { to } => {
+                let log = new_log(&request)?;
+                new.insert_within_capacity(to, slots::slot_of(&request, log)).map_err(|_| ENOMEM)?;
+                (None, None)
+            }
+            Change::Delete { from } => (Some(new.remove(from).map_err(|_| EINVAL)?), None),
+            Change::Move { from, to } => {
+                let old = new.remove(from).map_err(|_| EINVAL)?;
+                let log = new_log(&request)?;
+                new.insert_within_capacity(to, slots::slot_of(&request, log)).map_err(|_| ENOMEM)?;
+                (Some(old), None)
+            }
+            Change::FlagsOnly { from } => {
+                let slot = new.get_mut(from).ok_or(EINVAL)?;
+                *slot = slots::slot_of(&request, new_log(&request)?);
+                (None, Some(slot.clone()))
+            }
+        };
+        // No fault handler knows the old slots after this, so none maps anything of them after the unmapping.
+        self.space.slots.replace(new)?;
+        if let Some(slot) = gone {
+            self.space.unmap(slot.base, slot.pages);
+        }
+        if let Some(slot) = changed.filter(Slot::logs_dirty) {
+            let mut nested = self.space.nested.lock();
+            let Nested { table, pages } = &mut *nested;
+            let flush = table.write_protect_range(pages, slot.base, slot.pages);
+            drop(nested);
+            if flush {
+                self.space.peers.flush_tlbs();
+            }
+        }
+        Ok(())
+    }
+
+    /// KVM_GET_DIRTY_LOG: writes the slot's bitmap to userspace, clears it, and catches the next write to each page.
+    pub(crate) fn get_dirty_log(&self, request: &KvmDirtyLog) -> Result {
+        let _update = self.update.lock();
+        let slots = self.space.slots.read();
+        let id = u16::try_from(request.slot).map_err(|_| EINVAL)?;
+        let slot = slots::find_id(&slots, id).and_then(|at| slots.get(at)).ok_or(ENOENT)?;
+        let words = slot.attachment.as_ref().ok_or(ENOENT)?;
+        let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
+        let mut flush = false;
+        let mut out = [0u64; 64];
+        let mut first = 0;
+        while first < words.len() {
+            let count = (words.len() - first).min(out.len());
+            let mut nested = self.space.nested.lock();
+            let Nested { table, pages } = &mut *nested;
+            let chunk = out.get_mut(..count).ok_or(EINVAL)?;
+            log.take(first as u64, chunk, |page, mask| {
+                flush |= table.write_protect_mask(pages, Gfn(slot.base.0 + page), mask);
+            });
+            drop(nested);
+            user::write(Hva(request.dirty_bitmap).wrapping_add(first as u64 * 8), &*chunk)?;
+            first += count;
+        }
+        if flush {
+            self.space.peers.flush_tlbs();
+        }
+        Ok(())
+    }
+
+    /// Maps what a nested fault asked for. With `may_sleep` off it works with interrupts off, and may answer [`Fault::Sleep`].
+    /// Errors are those of the page: EFAULT, EHWPOISON, EINTR.
+    pub(crate) fn fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
+        let slots = self.space.slots.read();
+        let gfn = fault.gpa.gfn();
+        let Some(slot) = slots::find(&slots, gfn, 0).and_then(|at| slots.get(at)) else { return Ok(Fault::Mmio) };
+        let Some(hva) = slot.hva_of(gfn) else { return Ok(Fault::Mmio) };
+        if fault.write && !slot.writable() {
+            return Ok(Fault::Mmio);
+        }
+        let want = match (fault.write, slot.writable()) {
+            (true, _) => Want::Write,
+            // A page that is only read need not be copied or allocated; where it is writable already, say so.
+            (false, true) => Want::ReadMaybeWrite,
+            (false, false) => Want::Read,
+        };
+        loop {
+            let seq = self.space.snapshot();
+            let page = if may_sleep {
+                self.space.fault_in(hva, want)?
+            } else {
+                match self.space.fault_in_fast(hva, want) {
+                    Some(page) => page,
+                    None => return Ok(Fault::Sleep),
+                }
+            };
+            let writable = slot.writable() && page.writable() && (fault.write || !slot.logs_dirty());
+            let memory_type = if page.is_memory() { MemoryType::WriteBack } else { MemoryType::Uncached };
+            let prot = Prot { write: writable, execute: true, accessed: true, dirty: fault.write, memory_type };
+            let limit = if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()) };
+            let around = (limit == Level::Page4K && page.is_memory())
+                .then(|| self.space.present(hva.wrapping_add(4096), AROUND, writable));
+
+            let mut nested = self.space.nested.lock();
+            let Nested { table, pages } = &mut *nested;
+            let short = pages.short_of(TABLES_PER_MAP);
+            if short > 0 {
+                drop(nested);
+                if !may_sleep {
+                    return Ok(Fault::Sleep);
+                }
+                let stock = TableStock::allocate(TABLES_PER_MAP * 8)?;
+                self.space.nested.lock().pages.refill(stock);
+                continue;
+            }
+            if self.space.must_retry_range(seq, hva, hva.wrapping_add(4096 * (AROUND as u64 + 1))) {
+                drop(nested);
+                if !may_sleep {
+                    return Ok(Fault::Sleep);
+                }
+                crate::glue::task::cond_resched();
+                continue;
+            }
+            let level = table.fault_level(limit, fault.execute);
+            let mapped = table.map(pages, gfn, page.hpa(), level, prot).map_err(|error| match error {
+                MapError::OutOfTables => ENOMEM,
+                MapError::BeyondRoot | MapError::Misaligned => EFAULT,
+            })?;
+            if let Some(run) = &around {
+                let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
+                let addresses = run.addresses();
+                let neighbours = addresses.get(..addresses.len().min(inside)).unwrap_or(&[]);
+                let prot = Prot { accessed: false, dirty: false, write: writable && !slot.logs_dirty(), ..prot };
+                // Neighbours are a favour: without tables for them they wait for their own fault.
+                let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
+            }
+            if fault.write {
+                mark_dirty(slot, gfn);
+            }
+            let retired = pages.has_retired().then(|| pages.take_retired());
+            drop(nested);
+            page.release(writable);
+            if mapped.flush || retired.is_some() {
+                self.space.peers.flush_tlbs();
+            }
+            drop(retired);
+            return Ok(Fault::Mapped);
+        }
+    }
+
+    /// Guest memory by guest physical address, as it is until the view is dropped. With `may_sleep` off it works with
+    /// interrupts off.
+    #[inline]
+    pub(crate) fn view(&self, may_sleep: bool) -> View<'_> {
+        View { slots: self.space.slots.read(), may_sleep }
+    }
+}
+
+fn new_log(request: &slots::Request) -> Result<DirtyLog> {
+    if request.flags & flags::LOG_DIRTY_PAGES == 0 {
+        return Ok(None);
+    }
+    let words = dirty::words_for(request.memory_size >> 12) as usize;
+    let mut log = KVVec::with_capacity(words, GFP_KERNEL_ACCOUNT)?;
+    for _ in 0..words {
+        log.push(AtomicU64::new(0), GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok(Some(Arc::new(log, GFP_KERNEL_ACCOUNT)?))
+}
+
+fn mark_dirty(slot: &Slot, gfn: Gfn) {
+    if let (Some(words), Some(index)) = (&slot.attachment, slot.index(gfn)) {
+        if let Some(log) = dirty::DirtyBitmap::new(words, slot.pages) {
+            log.mark(index);
+        }
+    }
+}
+
+/// Guest memory as the walker and the emulator see it.
+pub(crate) struct View<'a> {
+    slots: SrcuGuard<'a, Slots>,
+    may_sleep: bool,
+}
+
+impl View<'_> {
+    /// Where `gpa` is in the address space, if the access is allowed.
+    #[inline]
+    fn place(&self, gpa: Gpa, write: bool) -> Result<(&Slot, Hva), Refused> {
+        let slot = slots::find(&self.slots, gpa.gfn(), 0).and_then(|at| self.slots.get(at)).ok_or(Refused::NotRam)?;
+        if write && !slot.writable() {
+            return Err(Refused::ReadOnly);
+        }
+        let page = slot.hva_of(gpa.gfn()).ok_or(Refused::NotRam)?;
+        Ok((slot, page.wrapping_add(gpa.page_offset())))
+    }
+
+    /// What a failed access to the host's memory means.
+    fn refused(&self) -> Refused {
+        if self.may_sleep {
+            Refused::NotRam
+        } else {
+            Refused::NotNow
+        }
+    }
+
+    fn compare_exchange(&self, gpa: Gpa, size_bytes: u32, old: u64, new: u64) -> Result<bool, Refused> {
+        let (slot, hva) = self.place(gpa, true)?;
+        let exchange = || user::compare_exchange(hva, size_bytes, old, new);
+        let found = if self.may_sleep { exchange() } else { user::with_faults_off(exchange) };
+        let done = found.map_err(|_| self.refused())?.is_none();
+        if done {
+            mark_dirty(slot, gpa.gfn());
+        }
+        Ok(done)
+    }
+
+    /// Calls `f` for each part of the range that lies in one page.
+    fn pages(mut gpa: Gpa, mut len: usize, mut f: impl FnMut(Gpa, usize, usize) -> Result<(), Refused>) -> Result<(), Refused> {
+        let mut done = 0;
+        while len > 0 {
+            let part = len.min((4096 - gpa.page_offset()) as usize);
+            f(gpa, done, part)?;
+            gpa = gpa.checked_add(part as u64).ok_or(Refused::NotRam)?;
+            done += part;
+            len -= part;
+        }
+        Ok(())
+    }
+}
+
+impl GuestMem for View<'_> {
+    #[inline]
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, Refused> {
+        let (_, hva) = self.place(gpa, false)?;
+        match user::read_u64_nofault(hva) {
+            Ok(value) => Ok(value),
+            Err(_) if self.may_sleep => user::read(hva).map_err(|_| Refused::NotRam),
+            Err(_) => Err(Refused::NotNow),
+        }
+    }
+
+    fn read_u32(&self, gpa: Gpa) -> Result<u32, Refused> {
+        let mut bytes = [0; 4];
+        self.read(gpa, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Result<bool, Refused> {
+        self.compare_exchange(gpa, 8, old, new)
+    }
+
+    fn compare_exchange_u32(&self, gpa: Gpa, old: u32, new: u32) -> Result<bool, Refused> {
+        self.compare_exchange(gpa, 4, old.into(), new.into())
+    }
+
+    fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Refused> {
+        Self::pages(gpa, bytes.len(), |gpa, done, part| {
+            let (_, hva) = self.place(gpa, false)?;
+            let into = bytes.get_mut(done..done + part).ok_or(Refused::NotRam)?;
+            let read = if self.may_sleep { user::read_bytes(hva, into) } else { user::read_bytes_nofault(hva, into) };
+            read.map_err(|_| self.refused())
+        })
+    }
+
+    fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Refused> {
+        Self::pages(gpa, bytes.len(), |gpa, done, part| {
+            let (slot, hva) = self.place(gpa, true)?;
+            let from = bytes.get(done..done + part).ok_or(Refused::NotRam)?;
+            let written =
+                if self.may_sleep { user::write_bytes(hva, from) } else { user::write_bytes_nofault(hva, from) };
+            written.map_err(|_| self.refused())?;
+            mark_dirty(slot, gpa.gfn());
+            Ok(())
+        })
+    }
+}
