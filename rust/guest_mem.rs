@@ -25,8 +25,7 @@ use kernel::{
 };
 
 use super::{
-    bindings as own,
-    error,
+    bindings as own, error,
     lock::IrqSpinLock,
     page::{page_to_hpa, PAGE_SIZE},
 };
@@ -258,13 +257,15 @@ impl<T: Invalidate> AddressSpace<T> {
             let how = if want == Want::Write { bindings::fault_flag_FAULT_FLAG_WRITE } else { 0 };
             let mut unlocked = false;
             // SAFETY: the mmap lock is held for reading, and is again on return even if it was dropped in between.
-            to_result(unsafe { bindings::fixup_user_fault(mm.as_raw(), address, how, &mut unlocked) }).map_err(|e| {
-                if e == EINTR {
-                    EINTR
-                } else {
-                    EFAULT
-                }
-            })?;
+            to_result(unsafe { bindings::fixup_user_fault(mm.as_raw(), address, how, &mut unlocked) }).map_err(
+                |e| {
+                    if e == EINTR {
+                        EINTR
+                    } else {
+                        EFAULT
+                    }
+                },
+            )?;
             // If the lock was dropped the area may be another one: look again, as often as it takes.
             faulted = !unlocked;
         }

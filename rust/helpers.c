@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /* C wrappers of inline functions and macros. No logic lives here. */
 #include <linux/anon_inodes.h>
+#include <linux/clocksource_ids.h>
 #include <linux/entry-virt.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/sched/signal.h>
 #include <linux/spinlock.h>
 #include <linux/swap.h>
+#include <linux/timekeeping.h>
 #include <linux/uaccess.h>
-#include <asm/tsc.h>
 
 #include "helpers.h"
 
@@ -174,9 +175,36 @@ void krab_cond_resched(void)
 	cond_resched();
 }
 
+/* kick.rs */
+
+void krab_prepare_to_wait(struct rcuwait *waiter)
+{
+	prepare_to_rcuwait(waiter);
+}
+
+void krab_set_interruptible(void)
+{
+	set_current_state(TASK_INTERRUPTIBLE);
+}
+
+/* Interrupts another CPU, with the cheapest vector there is. */
+void krab_kick_cpu(unsigned int cpu)
+{
+	if (cpu != get_cpu() && cpu_online(cpu))
+		smp_send_reschedule(cpu);
+	put_cpu();
+}
+
 /* timer.rs */
 
-u64 krab_rdtsc(void)
+void krab_read_clocks(struct krab_clocks *clocks)
 {
-	return rdtsc_ordered();
+	struct system_time_snapshot now = {};
+
+	ktime_get_snapshot_id(CLOCK_BOOTTIME, &now);
+	clocks->tsc = now.cycles;
+	clocks->has_tsc = now.valid && now.cs_id == CSID_X86_TSC;
+	clocks->boot_ns = now.systime;
+	clocks->raw_ns = now.monoraw;
+	clocks->real_ns = ktime_sub(now.systime, ktime_mono_to_any(0, TK_OFFS_BOOT)) + ktime_mono_to_any(0, TK_OFFS_REAL);
 }

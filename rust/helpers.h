@@ -8,6 +8,7 @@
 
 #include <linux/fs.h>
 #include <linux/mm.h>
+#include <linux/rcuwait.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
 
@@ -42,7 +43,19 @@ void krab_send_hwpoison(void *address);
 int xfer_to_guest_mode_handle_work(void);
 void krab_cond_resched(void);
 
+/* kick.rs */
+void krab_prepare_to_wait(struct rcuwait *waiter);
+void krab_set_interruptible(void);
+void krab_kick_cpu(unsigned int cpu);
+
 /* timer.rs */
-u64 krab_rdtsc(void);
+struct krab_clocks {
+	u64 tsc;
+	u64 boot_ns;
+	u64 raw_ns;
+	u64 real_ns;
+	bool has_tsc;
+};
+void krab_read_clocks(struct krab_clocks *clocks);
 
 #endif

@@ -84,3 +84,15 @@ pub fn softirq_pending() -> bool {
     };
     pending != 0
 }
+
+/// Number of the CPU this runs on; only a hint unless the caller cannot migrate.
+#[inline(always)]
+pub(super) fn this_cpu() -> u32 {
+    let cpu: u32;
+    // SAFETY: reads this CPU's copy of a per-CPU word.
+    unsafe {
+        asm!("mov {0:e}, dword ptr gs:[rip + {1}]", out(reg) cpu, sym bindings::cpu_number,
+             options(readonly, nostack, preserves_flags))
+    };
+    cpu
+}
