@@ -11,6 +11,9 @@
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
 
+#include <linux/slab.h>
+#include <linux/srcu.h>
+
 #include "helpers.h"
 
 /* fd.rs, page.rs */
@@ -207,4 +210,36 @@ void krab_read_clocks(struct krab_clocks *clocks)
 	clocks->boot_ns = now.systime;
 	clocks->raw_ns = now.monoraw;
 	clocks->real_ns = ktime_sub(now.systime, ktime_mono_to_any(0, TK_OFFS_BOOT)) + ktime_mono_to_any(0, TK_OFFS_REAL);
+}
+
+void *krab_srcu_new(void)
+{
+	struct srcu_struct *domain = kzalloc(sizeof(*domain), GFP_KERNEL_ACCOUNT);
+
+	if (domain && init_srcu_struct(domain)) {
+		kfree(domain);
+		return NULL;
+	}
+	return domain;
+}
+
+void krab_srcu_free(void *domain)
+{
+	cleanup_srcu_struct(domain);
+	kfree(domain);
+}
+
+int krab_srcu_read_lock(void *domain)
+{
+	return srcu_read_lock(domain);
+}
+
+void krab_srcu_read_unlock(void *domain, int index)
+{
+	srcu_read_unlock(domain, index);
+}
+
+void krab_srcu_synchronize(void *domain)
+{
+	synchronize_srcu_expedited(domain);
 }

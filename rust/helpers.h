@@ -58,4 +58,11 @@ struct krab_clocks {
 };
 void krab_read_clocks(struct krab_clocks *clocks);
 
+/* srcu.rs: the domain is a struct srcu_struct */
+void *krab_srcu_new(void);
+void krab_srcu_free(void *domain);
+int krab_srcu_read_lock(void *domain);
+void krab_srcu_read_unlock(void *domain, int index);
+void krab_srcu_synchronize(void *domain);
+
 #endif

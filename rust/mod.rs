@@ -13,6 +13,7 @@ pub(crate) mod lock;
 pub(crate) mod page;
 pub(crate) mod percpu;
 pub(crate) mod phys;
+pub(crate) mod srcu;
 pub(crate) mod tables;
 pub(crate) mod task;
 pub(crate) mod timer;
