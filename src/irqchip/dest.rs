@@ -4,9 +4,12 @@
 //! Each local APIC publishes an [`ApicCard`], one word that has all a sender needs. The cards of a VM belong in one
 //! array of [`CardCell`], indexed by vCPU index: 64 CPUs are eight cache lines.
 //!
-//! As in KVM: a message for an ID above 255 never aliases to an xAPIC's 8 bits, but it reaches a CPU that is still in
+//! As in KVM: a destination above 255 never aliases to an xAPIC's 8 bits, but it reaches a CPU that is still in
 //! xAPIC mode by its x2APIC ID (a hot-plugged CPU can be woken); "lowest priority" takes the CPU by vector number.
 #![forbid(unsafe_code)]
+
+#[cfg(test)]
+mod tests;
 
 use super::message::{DeliveryMode, DestMode, Message, Shorthand};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -123,6 +126,7 @@ impl ApicCard {
         let id = self.logical_id() as u32;
         match (self.0 >> 48) & 3 {
             _ if dest == XAPIC_BROADCAST => true,
+            _ if dest > 0xFF => false,
             0 => id & dest != 0,
             1 => id >> 4 == dest >> 4 && id & dest & 0xF != 0,
             _ => false,
@@ -231,14 +235,15 @@ fn direct<C: Cards + ?Sized>(cards: &C, message: &Message) -> Option<usize> {
     (card.is_present() && unicast && card.matches_physical(message.dest)).then_some(dest)
 }
 
-/// Calls `visit` for every member of an x2APIC cluster destination, when each member's index is its ID.
+/// Calls `visit` for every member of an x2APIC cluster destination, when each member's index is its ID. (In the first
+/// half of cluster 0 a destination may mean xAPICs as well: not here.)
 /// False, and nothing visited, when one is not where it is expected.
 fn visit_cluster<C: Cards + ?Sized>(cards: &C, message: &Message, visit: &mut impl FnMut(usize, ApicCard)) -> bool {
     let members = message.dest & 0xFFFF;
     let is_plain = message.shorthand == Shorthand::None
         && message.dest_mode == DestMode::Logical
         && message.dest != X2APIC_BROADCAST
-        && message.dest != XAPIC_BROADCAST;
+        && message.dest > 0xFF;
     if !is_plain || members == 0 {
         return false;
     }

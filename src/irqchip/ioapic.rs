@@ -9,6 +9,9 @@
 //! A message that this model returns counts as accepted. If no local APIC takes it, say so with [`Ioapic::not_accepted`].
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod tests;
+
 use super::bits::Bits256;
 use super::message::{DeliveryMode, DestMode, Eoi, LineSource, LineStatus, Message, Shorthand, Trigger};
 use crate::arch::Gpa;

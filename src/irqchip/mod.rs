@@ -15,6 +15,8 @@ pub mod message;
 pub mod pic;
 pub mod pit;
 pub mod routing;
+#[cfg(test)]
+mod testing;
 
 pub use bits::Bits256;
 pub use message::{DeliveryMode, DestMode, Eoi, Gp, LineSource, LineStatus, Message, Shorthand, Trigger};

@@ -8,6 +8,9 @@
 //! as in QEMU and Bochs; a guest that restarts in the middle of a handler would never see an interrupt again.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod tests;
+
 use super::message::{LineSource, LineStatus};
 
 /// The cascade's pin on the master.

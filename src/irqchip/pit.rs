@@ -11,6 +11,9 @@
 //! whose gate is wired high, never fires in these.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod tests;
+
 use super::MIN_TIMER_PERIOD_NS;
 
 /// Input clock, in Hz.
@@ -84,7 +87,6 @@ const _: () = assert!(core::mem::offset_of!(PitChannelState, gate) == 0xF);
 const _: () = assert!(core::mem::size_of::<PitState>() == 112);
 const _: () = assert!(core::mem::offset_of!(PitState, flags) == 0x48);
 
-const LOW: u8 = 1;
 const HIGH: u8 = 2;
 const WORD: u8 = 3;
 const WORD_HIGH: u8 = 4;

@@ -8,6 +8,9 @@
 //! of the two notices the other. A sender whose vector was already there need not kick: whoever put it there does.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod tests;
+
 use super::Lapic;
 use crate::irqchip::message::{DeliveryMode, Message, Trigger};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
