@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-2.0
+//! GSI routing: from a global system interrupt to interrupt controller pins, or to a message. KVM API "KVM_SET_GSI_ROUTING".
+//!
+//! A table is two slices that the caller owns: the routes sorted by GSI, and where each GSI's routes begin.
+//! Not supported: Hyper-V and Xen routes (EINVAL).
+#![forbid(unsafe_code)]
+
+use super::ioapic;
+use super::message::{DeliveryMode, DestMode, Message, Shorthand, Trigger};
+
+/// Number of GSIs, and of routes in a table: what KVM_CAP_IRQ_ROUTING says.
+pub const MAX_ROUTES: usize = 4096;
+/// Pins of the two 8259A together.
+pub const PIC_PINS: u8 = 16;
+/// A GSI has at most one route to each controller.
+pub const MAX_ROUTES_PER_GSI: usize = 3;
+
+const KIND_IRQCHIP: u32 = 1;
+const KIND_MSI: u32 = 2;
+const CHIP_PIC_MASTER: u32 = 0;
+const CHIP_PIC_SLAVE: u32 = 1;
+const CHIP_IOAPIC: u32 = 2;
+const MSI_VALID_DEVID: u32 = 1;
+
+/// `struct kvm_irq_routing_entry`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RawRoute {
+    /// 0x00
+    pub gsi: u32,
+    /// 0x04: KVM_IRQ_ROUTING_IRQCHIP (1), KVM_IRQ_ROUTING_MSI (2).
+    pub kind: u32,
+    /// 0x08
+    pub flags: u32,
+    /// 0x0C
+    pub pad: u32,
+    /// 0x10: irqchip, pin; or address_lo, address_hi, data, devid.
+    pub u: [u32; 8],
+}
+
+const _: () = assert!(core::mem::size_of::<RawRoute>() == 48);
+
+/// EINVAL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Invalid;
+
+/// What of KVM_CAP_X2APIC_API and KVM_CAP_SPLIT_IRQCHIP matters here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RouteRules {
+    /// Only the local APICs are in the kernel: no routes to pins.
+    pub split_irqchip: bool,
+    /// KVM_X2APIC_API_USE_32BIT_IDS: an MSI's upper address has bits 31:8 of the APIC ID.
+    pub wide_ids: bool,
+}
+
+/// A message-signalled interrupt as a device would write it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Msi {
+    pub address_lo: u32,
+    pub address_hi: u32,
+    pub data: u32,
+}
+
+impl Msi {
+    /// EINVAL of KVM_SIGNAL_MSI and of routes: with wide IDs the low 8 bits of the upper address are reserved.
+    pub const fn check(&self, wide_ids: bool) -> Result<(), Invalid> {
+        if wide_ids && self.address_hi & 0xFF != 0 {
+            return Err(Invalid);
+        }
+        Ok(())
+    }
+
+    /// SDM "Message Address Register Format", "Message Data Register Format".
+    pub const fn message(&self, wide_ids: bool) -> Message {
+        let high = if wide_ids { self.address_hi & !0xFF } else { 0 };
+        Message {
+            dest: (self.address_lo >> 12) & 0xFF | high,
+            dest_mode: DestMode::from_logical(self.address_lo & 1 << 2 != 0),
+            shorthand: Shorthand::None,
+            delivery: DeliveryMode::from_bits(self.data >> 8),
+            vector: self.data as u8,
+            trigger: Trigger::from_level(self.data & 1 << 15 != 0),
+            assert: true,
+            redirection_hint: self.address_lo & 1 << 3 != 0,
+        }
+    }
+}
+
+/// Where an interrupt goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// 0 to 15: 8 and up are the slave's.
+    Pic(u8),
+    /// 0 to 23.
+    Ioapic(u8),
+    Msi(Msi),
+}
+
+impl Target {
+    /// Whether a GSI may have both.
+    const fn goes_with(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Pic(a), Self::Pic(b)) => a >> 3 != b >> 3,
+            (Self::Pic(_), Self::Ioapic(_)) | (Self::Ioapic(_), Self::Pic(_)) => true,
+            _ => false,
+        }
+    }
+}
+
+/// One route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub gsi: u32,
+    pub target: Target,
+}
+
+impl Route {
+    /// Decodes and checks one entry of KVM_SET_GSI_ROUTING.
+    pub fn from_raw(raw: &RawRoute, rules: RouteRules) -> Result<Self, Invalid> {
+        let allowed_flags = if raw.kind == KIND_MSI { MSI_VALID_DEVID } else { 0 };
+        if raw.gsi as usize >= MAX_ROUTES || raw.flags & !allowed_flags != 0 {
+            return Err(Invalid);
+        }
+        let [a, b, c, ..] = raw.u;
+        let target = match raw.kind {
+            KIND_IRQCHIP if !rules.split_irqchip => pin_target(a, b)?,
+            KIND_MSI => {
+                let msi = Msi { address_lo: a, address_hi: b, data: c };
+                msi.check(rules.wide_ids)?;
+                Target::Msi(msi)
+            }
+            _ => return Err(Invalid),
+        };
+        Ok(Self { gsi: raw.gsi, target })
+    }
+}
+
+fn pin_target(chip: u32, pin: u32) -> Result<Target, Invalid> {
+    let pins = match chip {
+        CHIP_PIC_MASTER | CHIP_PIC_SLAVE => PIC_PINS as u32 / 2,
+        CHIP_IOAPIC => ioapic::PINS as u32,
+        _ => return Err(Invalid),
+    };
+    if pin >= pins {
+        return Err(Invalid);
+    }
+    Ok(match chip {
+        CHIP_IOAPIC => Target::Ioapic(pin as u8),
+        CHIP_PIC_SLAVE => Target::Pic(pin as u8 + PIC_PINS / 2),
+        _ => Target::Pic(pin as u8),
+    })
+}
+
+/// The table of KVM_CREATE_IRQCHIP: every GSI goes to the I/O APIC pin of its number, the first 16 to the 8259A
+/// of that number as well. (So GSI 0, the PIT, is I/O APIC pin 0; that boards wire it to pin 2 is for userspace to say.)
+/// The split irqchip starts with an empty table.
+pub const DEFAULT_ROUTES: [Route; 40] = {
+    let mut routes = [Route { gsi: 0, target: Target::Ioapic(0) }; 40];
+    let mut at = 0;
+    let mut gsi = 0u8;
+    while gsi < ioapic::PINS {
+        routes[at] = Route { gsi: gsi as u32, target: Target::Ioapic(gsi) };
+        at += 1;
+        if gsi < PIC_PINS {
+            routes[at] = Route { gsi: gsi as u32, target: Target::Pic(gsi) };
+            at += 1;
+        }
+        gsi += 1;
+    }
+    routes
+};
+
+/// Length that `starts` of [`build`] needs: one more than the highest GSI plus one.
+pub fn starts_len(routes: &[Route]) -> usize {
+    routes.iter().map(|route| route.gsi as usize + 2).max().unwrap_or(1)
+}
+
+/// Sorts `routes` and fills `starts`, which is [`starts_len`] long: the routes of GSI g are
+/// `routes[starts[g]..starts[g + 1]]`. Fails when a GSI goes twice to the same controller, or has another route beside an MSI.
+pub fn build(routes: &mut [Route], starts: &mut [u16]) -> Result<(), Invalid> {
+    if routes.len() > MAX_ROUTES || starts.len() < starts_len(routes) {
+        return Err(Invalid);
+    }
+    routes.sort_unstable_by_key(|route| route.gsi);
+    for (at, route) in routes.iter().enumerate() {
+        // Three at most share a GSI: a fourth clashes with one of the three before it.
+        let before = routes.get(at.saturating_sub(MAX_ROUTES_PER_GSI)..at).unwrap_or(&[]);
+        if before.iter().any(|other| other.gsi == route.gsi && !other.target.goes_with(route.target)) {
+            return Err(Invalid);
+        }
+    }
+    let mut next = 0;
+    for (gsi, start) in starts.iter_mut().enumerate() {
+        while routes.get(next).is_some_and(|route| (route.gsi as usize) < gsi) {
+            next += 1;
+        }
+        *start = next as u16;
+    }
+    Ok(())
+}
+
+/// The routes of `gsi`, in a table that [`build`] made: none to three.
+#[inline]
+pub fn lookup<'a>(routes: &'a [Route], starts: &[u16], gsi: u32) -> &'a [Route] {
+    let at = gsi as usize;
+    let (Some(&from), Some(&to)) = (starts.get(at), starts.get(at.wrapping_add(1))) else { return &[] };
+    routes.get(from as usize..to as usize).unwrap_or(&[])
+}
+
+/// The GSI that goes to a pin: the one to notify when that pin is acknowledged. A scan.
+pub fn gsi_of(routes: &[Route], target: Target) -> Option<u32> {
+    routes.iter().find(|route| route.target == target).map(|route| route.gsi)
+}
