@@ -13,6 +13,10 @@ use crate::arch::{cr::xcr0, msr};
 /// The largest XSAVE image, in bytes, that a guest's area holds.
 pub(crate) const AREA_BYTES: usize = 4096 * 3;
 
+/// Where XMM0 is in the image, and the upper half of YMM0: the same on every CPU. SDM Vol. 1 "XSAVE Area".
+const XMM_OFFSET: usize = 160;
+const YMM_HIGH_OFFSET: usize = 576;
+
 #[derive(Zeroable)]
 #[repr(C, align(4096))]
 struct Area([u8; AREA_BYTES]);
@@ -83,6 +87,44 @@ impl GuestFpu {
     /// The XSAVE image. Its first 512 bytes are FXSAVE's, then comes the 64-byte header.
     pub(crate) fn image(&self) -> &[u8] {
         &self.area.0
+    }
+
+    /// YMM register `number`, 0 to 15, as the guest has it. The state is not loaded now: no window is open.
+    pub(crate) fn vector(&self, number: usize) -> [u8; 32] {
+        let mut value = [0; 32];
+        let (low, high) = value.split_at_mut(16);
+        for (component, half, offset) in [(xcr0::SSE, low, XMM_OFFSET), (xcr0::AVX, high, YMM_HIGH_OFFSET)] {
+            let at = offset + number % 16 * 16;
+            if self.components() & component != 0 {
+                half.copy_from_slice(&self.area.0[at..at + 16]);
+            }
+        }
+        value
+    }
+
+    /// Writes the low 16 bytes of YMM register `number`, and with `vex` the high ones too.
+    pub(crate) fn set_vector(&mut self, number: usize, value: &[u8; 32], vex: bool) {
+        let (low, high) = value.split_at(16);
+        for (component, half, offset, wanted) in
+            [(xcr0::SSE, low, XMM_OFFSET, true), (xcr0::AVX, high, YMM_HIGH_OFFSET, vex)]
+        {
+            if !wanted || self.supported & component == 0 {
+                continue;
+            }
+            let components = self.components();
+            if components & component == 0 {
+                // The component was in its initial state: all of it becomes explicit.
+                self.area.0[offset..offset + 256].fill(0);
+                self.area.0[512..520].copy_from_slice(&(components | component).to_le_bytes());
+            }
+            let at = offset + number % 16 * 16;
+            self.area.0[at..at + 16].copy_from_slice(half);
+        }
+    }
+
+    /// XSTATE_BV of the image.
+    fn components(&self) -> u64 {
+        self.area.0[512..520].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
     }
 
     /// Replaces the start of the XSAVE image. `EINVAL` when XRSTOR would refuse it; then nothing changes.

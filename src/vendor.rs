@@ -5,7 +5,10 @@
 use kernel::{prelude::*, sync::Arc};
 
 use crate::{
-    arch::{segment::Segment, Hpa},
+    arch::{
+        segment::{DescriptorTable, Segment},
+        Hpa,
+    },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
     mmu::Format,
@@ -52,11 +55,20 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Sets everything but `cr8`. Values were checked by the caller.
     fn set_system_regs(&mut self, regs: &SystemRegs);
     fn segment(&self, number: usize) -> Segment;
+    fn set_segment(&mut self, number: usize, value: &Segment);
+    fn tr(&self) -> Segment;
+    fn gdtr(&self) -> DescriptorTable;
+    fn set_gdtr(&mut self, value: DescriptorTable);
+    fn idtr(&self) -> DescriptorTable;
+    fn set_idtr(&mut self, value: DescriptorTable);
     fn cr0(&self) -> u64;
+    fn set_cr0(&mut self, value: u64);
     fn cr2(&self) -> u64;
     fn set_cr2(&mut self, value: u64);
     fn cr3(&self) -> u64;
+    fn set_cr3(&mut self, value: u64);
     fn cr4(&self) -> u64;
+    fn set_cr4(&mut self, value: u64);
     fn efer(&self) -> u64;
     fn cpl(&self) -> u8;
     fn dr6(&self) -> u64;
@@ -87,6 +99,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_interrupt_window(&mut self, wanted: bool);
     /// Asks for [`Exit::NmiWindow`] when the guest returns from its NMI handler.
     fn want_nmi_window(&mut self, wanted: bool);
+    /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
+    fn want_cr8_writes(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

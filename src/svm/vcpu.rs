@@ -60,6 +60,7 @@ const MISC3: u32 = misc3::INVLPGB | misc3::INVLPGB_ILLEGAL | misc3::MCOMMIT | mi
 /// Writes of CR0 and CR4: bits 16 up are writes.
 const CR_WRITES: u32 = 1 << 16 | 1 << 20;
 const CR0_READ: u32 = 1;
+const CR8_WRITE: u32 = 1 << 24;
 
 /// PAT after reset.
 const PAT_INIT: u64 = 0x0007_0406_0007_0406;
@@ -113,15 +114,6 @@ impl Vendor for Svm {
 }
 
 impl SvmVcpu {
-    fn set_cr0(&mut self, value: u64) {
-        self.guest_cr0 = value;
-        let hardware = value & !(cr0::CD | cr0::NW);
-        self.vmcb.save.cr0 = hardware;
-        // The guest must not see through a read that its caches are on.
-        let reads = if hardware == value { 0 } else { CR0_READ };
-        self.vmcb.control.intercept_cr = CR_WRITES | reads;
-    }
-
     fn raw_segments(&mut self) -> [&mut VmcbSegment; 6] {
         let save = &mut self.vmcb.save;
         [&mut save.es, &mut save.cs, &mut save.ss, &mut save.ds, &mut save.fs, &mut save.gs]
@@ -148,6 +140,10 @@ fn to_raw(segment: &Segment) -> VmcbSegment {
 
 fn table(raw: &VmcbSegment) -> DescriptorTable {
     DescriptorTable { base: raw.base, limit: raw.limit as u16 }
+}
+
+fn from_table(table: DescriptorTable) -> VmcbSegment {
+    VmcbSegment { base: table.base, limit: table.limit.into(), ..VmcbSegment::default() }
 }
 
 impl VendorVcpu for SvmVcpu {
@@ -215,8 +211,8 @@ impl VendorVcpu for SvmVcpu {
         save.ldtr = to_raw(&regs.ldtr);
         // VMRUN wants a busy task segment; the busy bit is not architectural state that software sees here.
         save.tr = to_raw(&regs.tr);
-        save.gdtr = VmcbSegment { base: regs.gdtr.base, limit: regs.gdtr.limit.into(), ..VmcbSegment::default() };
-        save.idtr = VmcbSegment { base: regs.idtr.base, limit: regs.idtr.limit.into(), ..VmcbSegment::default() };
+        save.gdtr = from_table(regs.gdtr);
+        save.idtr = from_table(regs.idtr);
         save.cr2 = regs.cr2;
         save.cr3 = regs.cr3;
         save.cr4 = regs.cr4;
@@ -238,9 +234,45 @@ impl VendorVcpu for SvmVcpu {
         })
     }
 
+    fn set_segment(&mut self, number: usize, value: &Segment) {
+        if let Some(raw) = self.raw_segments().into_iter().nth(number) {
+            *raw = to_raw(value);
+        }
+    }
+
+    fn tr(&self) -> Segment {
+        from_raw(&self.vmcb.save.tr)
+    }
+
+    fn gdtr(&self) -> DescriptorTable {
+        table(&self.vmcb.save.gdtr)
+    }
+
+    fn set_gdtr(&mut self, value: DescriptorTable) {
+        self.vmcb.save.gdtr = from_table(value);
+    }
+
+    fn idtr(&self) -> DescriptorTable {
+        table(&self.vmcb.save.idtr)
+    }
+
+    fn set_idtr(&mut self, value: DescriptorTable) {
+        self.vmcb.save.idtr = from_table(value);
+    }
+
     #[inline]
     fn cr0(&self) -> u64 {
         self.guest_cr0
+    }
+
+    fn set_cr0(&mut self, value: u64) {
+        self.guest_cr0 = value;
+        let hardware = value & !(cr0::CD | cr0::NW);
+        self.vmcb.save.cr0 = hardware;
+        // The guest must not see through a read that its caches are on.
+        let control = &mut self.vmcb.control;
+        control.intercept_cr = control.intercept_cr & !CR0_READ | u32::from(hardware != value);
+        self.flush_tlb();
     }
 
     #[inline]
@@ -257,9 +289,19 @@ impl VendorVcpu for SvmVcpu {
         self.vmcb.save.cr3
     }
 
+    fn set_cr3(&mut self, value: u64) {
+        self.vmcb.save.cr3 = value;
+        self.flush_tlb();
+    }
+
     #[inline]
     fn cr4(&self) -> u64 {
         self.vmcb.save.cr4
+    }
+
+    fn set_cr4(&mut self, value: u64) {
+        self.vmcb.save.cr4 = value;
+        self.flush_tlb();
     }
 
     #[inline]
@@ -414,6 +456,11 @@ impl VendorVcpu for SvmVcpu {
         } else {
             control.intercept_misc1 &= !misc1::IRET;
         }
+    }
+
+    fn want_cr8_writes(&mut self, wanted: bool) {
+        let control = &mut self.vmcb.control;
+        control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
     }
 
     #[inline]

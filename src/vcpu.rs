@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Virtual CPUs: what others see of one, what its own thread works on, and its file descriptor.
+#![forbid(unsafe_code)]
+
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{Arc, ArcBorrow, Mutex, SetOnce},
+};
+
+use crate::{
+    abi::{
+        ioctl::KVM_RUN,
+        vcpu::{
+            KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+            KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
+        },
+    },
+    dev::MAX_VCPUS,
+    emul::Emulator,
+    glue::{
+        fd::FileOperations,
+        fpu::GuestFpu,
+        kick::KickPoint,
+        page::{SharedPage, UserPage},
+        timer::{self, Timer, TimerTarget},
+    },
+    guest::{queue::EventQueue, Regs},
+    irqchip::{
+        dest::{for_each_target, Cards, CardCell, Origin},
+        lapic::{inbox::{Inbox, Posted}, Lapic},
+        Message,
+    },
+    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::Msrs},
+    vendor::{Vendor, VendorVcpu},
+    vm::Vm,
+};
+
+/// Requests to a vCPU, in its [`KickPoint`].
+pub(crate) mod request {
+    /// Forget all translations before the next entry.
+    pub(crate) const FLUSH_TLB: u64 = 1 << 0;
+    /// Update the guest's paravirtual clock.
+    pub(crate) const CLOCK: u64 = 1 << 1;
+    /// Somebody changed what this vCPU waits for or reports.
+    pub(crate) const LOOK: u64 = 1 << 2;
+}
+
+/// What other threads see of a vCPU.
+pub(crate) struct Peer {
+    /// The id that userspace gave it, and its APIC ID.
+    pub(crate) id: u32,
+    pub(crate) inbox: Inbox,
+    pub(crate) kick: KickPoint,
+}
+
+/// All vCPUs of a VM, in the order they were made. They stay until the VM goes.
+pub(crate) struct Peers {
+    peers: KVVec<SetOnce<Arc<Peer>>>,
+    cards: KVVec<CardCell>,
+    count: AtomicUsize,
+}
+
+impl Peers {
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        let mut peers = KVVec::with_capacity(MAX_VCPUS as usize, GFP_KERNEL_ACCOUNT)?;
+        let mut cards = KVVec::with_capacity(MAX_VCPUS as usize, GFP_KERNEL_ACCOUNT)?;
+        for _ in 0..MAX_VCPUS {
+            peers.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
+            cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0) }, GFP_KERNEL_ACCOUNT)?)
+    }
+
+    /// Adds a vCPU and returns its index. The caller keeps others from adding at the same time. `EEXIST` when the id is taken,
+    /// `EINVAL` when there are [`MAX_VCPUS`].
+    pub(crate) fn add(&self, peer: Arc<Peer>) -> Result<usize> {
+        if self.iter().any(|other| other.id == peer.id) {
+            return Err(EEXIST);
+        }
+        let index = self.count.load(Ordering::Relaxed);
+        let place = self.peers.get(index).ok_or(EINVAL)?;
+        place.populate(peer);
+        self.count.store(index + 1, Ordering::Release);
+        Ok(index)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn get(&self, index: usize) -> Option<&Arc<Peer>> {
+        self.peers.get(index)?.as_ref()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Peer>> + Clone {
+        self.peers.iter().take(self.len()).filter_map(|peer| peer.as_ref())
+    }
+
+    pub(crate) fn card(&self, index: usize) -> Option<&CardCell> {
+        self.cards.get(index)
+    }
+
+    /// Makes every vCPU forget its translations, and waits until none runs guest code with old ones.
+    pub(crate) fn flush_tlbs(&self) {
+        KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::FLUSH_TLB);
+    }
+
+    /// Delivers an interrupt message. Returns how many vCPUs took it, or `None` when it was for nobody; vCPUs where it was pending
+    /// already do not count.
+    pub(crate) fn deliver(&self, message: &Message, origin: Origin) -> Option<usize> {
+        let mut new = 0;
+        let matched = for_each_target(self, message, origin, |index, card| {
+            if !card.accepts(message.delivery) {
+                return;
+            }
+            if let Some(peer) = self.get(index) {
+                if peer.inbox.post(message) == Posted::New {
+                    peer.kick.kick();
+                    new += 1;
+                }
+            }
+        });
+        (matched > 0).then_some(new)
+    }
+}
+
+impl Cards for Peers {
+    #[inline]
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    #[inline]
+    fn card(&self, index: usize) -> crate::irqchip::dest::ApicCard {
+        self.cards.get(index).map_or_else(Default::default, CardCell::card)
+    }
+}
+
+/// What a vCPU is doing. SDM "MP Initialization"; KVM API "KVM_GET_MP_STATE".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MpState {
+    Runnable,
+    /// An application processor that nobody has sent an INIT yet.
+    Uninitialized,
+    /// Waits for a start-up IPI.
+    InitReceived,
+    Halted,
+}
+
+impl MpState {
+    pub(crate) fn to_kvm(self) -> u32 {
+        match self {
+            Self::Runnable => KVM_MP_STATE_RUNNABLE,
+            Self::Uninitialized => KVM_MP_STATE_UNINITIALIZED,
+            Self::InitReceived => KVM_MP_STATE_INIT_RECEIVED,
+            Self::Halted => KVM_MP_STATE_HALTED,
+        }
+    }
+
+    /// `EINVAL` for a state that does not exist here. Without a local APIC only "runnable" and "halted" do.
+    pub(crate) fn from_kvm(state: u32, has_lapic: bool) -> Result<Self> {
+        match state {
+            KVM_MP_STATE_RUNNABLE => Ok(Self::Runnable),
+            KVM_MP_STATE_HALTED => Ok(Self::Halted),
+            KVM_MP_STATE_UNINITIALIZED if has_lapic => Ok(Self::Uninitialized),
+            KVM_MP_STATE_INIT_RECEIVED if has_lapic => Ok(Self::InitReceived),
+            KVM_MP_STATE_SIPI_RECEIVED if has_lapic => Ok(Self::InitReceived),
+            _ => Err(EINVAL),
+        }
+    }
+}
+
+/// What userspace is doing for the guest between two KVM_RUNs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pending {
+    Nothing,
+    /// IN: the value goes to the accumulator.
+    PortIn { size_bytes: u8 },
+    /// INS: the data page goes to the emulator.
+    EmulatedPortIn,
+    /// The emulator waits for a device's answer.
+    MmioRead { len: u8 },
+    /// The emulator has more to do.
+    Emulation,
+}
+
+/// Everything of a vCPU but the extended state: what the run loop works on.
+pub(crate) struct State<V: Vendor> {
+    pub(crate) hw: V::Vcpu,
+    pub(crate) regs: Regs,
+    pub(crate) events: EventQueue,
+    pub(crate) lapic: Option<KBox<Lapic>>,
+    pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
+    pub(crate) caps: GuestCaps,
+    pub(crate) msrs: KBox<Msrs>,
+    pub(crate) mp_state: MpState,
+    /// From KVM_INTERRUPT, without a local APIC.
+    pub(crate) user_interrupt: Option<u8>,
+    /// The 8259A may have an interrupt for this CPU.
+    pub(crate) pic_signal: bool,
+    /// CR8 as hardware last had it.
+    pub(crate) cr8: u8,
+    /// An interrupt or NMI window was asked for.
+    pub(crate) windows_open: bool,
+    pub(crate) timer: Pin<KBox<Timer<LapicTimer>>>,
+    /// Index among the peers.
+    pub(crate) index: usize,
+    pub(crate) clock: crate::clock::VcpuClock,
+}
+
+/// What the vCPU's thread works on.
+pub(crate) struct Core<V: Vendor> {
+    pub(crate) state: State<V>,
+    pub(crate) fpu: GuestFpu,
+    pub(crate) emulator: KBox<Emulator>,
+    pub(crate) pending: Pending,
+    /// KVM_RUN happened: CPUID cannot change any more.
+    pub(crate) ran: bool,
+    pub(crate) signal_mask: Option<u64>,
+}
+
+/// The file descriptor.
+#[pin_data]
+pub(crate) struct Vcpu<V: Vendor> {
+    pub(crate) vm: Arc<Vm<V>>,
+    pub(crate) peer: Arc<Peer>,
+    /// `struct kvm_run`.
+    pub(crate) run: SharedPage,
+    /// Data of port accesses.
+    pub(crate) data: SharedPage,
+    #[pin]
+    pub(crate) core: Mutex<Core<V>>,
+}
+
+impl<V: Vendor> Vcpu<V> {
+    /// A vCPU in its reset state. Adds itself to the VM's; the caller keeps others from adding at the same time.
+    pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
+        let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
+        let mut hw = vm.host.owner.hardware().new_vcpu()?;
+        hw.set_nested_root(vm.memory.root());
+        hw.set_tsc_offset(timer::tsc().wrapping_neg());
+        let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
+        let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
+        let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
+        let lapic = match vm.has_irqchip() {
+            true => Some(KBox::new(Lapic::new(id, id == 0, Default::default()), GFP_KERNEL_ACCOUNT)?),
+            false => None,
+        };
+        let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
+        let msrs = KBox::new(Msrs::new(), GFP_KERNEL_ACCOUNT)?;
+        let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
+        let fpu = GuestFpu::new()?;
+        let (run, data) = (SharedPage::new()?, SharedPage::new()?);
+        let index = vm.peers.add(peer.clone())?;
+        let mut state = State {
+            hw,
+            regs: Regs::default(),
+            events: EventQueue::default(),
+            lapic,
+            cpuid,
+            caps,
+            msrs,
+            mp_state,
+            user_interrupt: None,
+            pic_signal: false,
+            cr8: 0,
+            windows_open: false,
+            timer,
+            index,
+            clock: Default::default(),
+        };
+        state.reset_regs();
+        if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
+            card.publish(lapic.card());
+        }
+        let core = Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None };
+        Ok(Arc::pin_init(
+            try_pin_init!(Self { vm, peer, run, data, core <- new_mutex!(core) }),
+            GFP_KERNEL_ACCOUNT,
+        )?
+        .into())
+    }
+}
+
+impl<V: Vendor> FileOperations for Vcpu<V> {
+    const NAME: &'static CStr = c"krab-vcpu";
+    const MAPPABLE: bool = true;
+
+    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
+        if !this.vm.memory.is_current() {
+            return Err(EIO);
+        }
+        match cmd {
+            KVM_RUN if arg != 0 => Err(EINVAL),
+            KVM_RUN => this.run(),
+            _ => this.state_ioctl(cmd, arg),
+        }
+    }
+
+    fn page(this: ArcBorrow<'_, Self>, index: u64) -> Option<UserPage> {
+        match index {
+            0 => Some(this.run.user_page()),
+            1 => Some(this.data.user_page()),
+            _ => None,
+        }
+    }
+}
+
+/// The host timer of a local APIC: tells its vCPU.
+pub(crate) struct LapicTimer(Arc<Peer>);
+
+impl TimerTarget for LapicTimer {
+    fn expired(&self) -> Option<u64> {
+        self.0.inbox.post_timer();
+        self.0.kick.kick();
+        None
+    }
+}
