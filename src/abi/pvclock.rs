@@ -45,6 +45,8 @@ pub const PVCLOCK_TSC_STABLE_BIT: u8 = 1 << 0;
 /// `flags`: the guest was stopped by its host.
 pub const PVCLOCK_GUEST_STOPPED: u8 = 1 << 1;
 pub const KVM_VCPU_PREEMPTED: u8 = 1 << 0;
+/// Bits of MSR_KVM_STEAL_TIME that must be 0; bit 0 enables, the rest is the address.
+pub const KVM_STEAL_TIME_RESERVED: u64 = 0x3E;
 
 /// Factor from TSC ticks to nanoseconds: first shift (left when positive), then multiply by `mul` / 2^32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

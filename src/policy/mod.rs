@@ -5,6 +5,7 @@
 pub mod caps;
 pub mod cpuid;
 pub mod cpuid_table;
+pub mod msr;
 
 #[cfg(test)]
 mod cpuid_tests;
