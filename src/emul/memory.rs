@@ -101,7 +101,8 @@ fn segment_allows(segment: &Segment, real: bool, offset: u64, last: u64, write: 
     }
     let (code, bit1) = (kind & 8 != 0, kind & 2 != 0);
     // Bit 1: readable code, or writable data.
-    if (code && (write || !bit1)) || (!code && write && !bit1) {
+    let permitted = if code { bit1 && !write } else { bit1 || !write };
+    if !permitted {
         return false;
     }
     if !code && kind & 4 != 0 {

@@ -165,7 +165,7 @@ impl Cpu for Mock {
         if at.0 & !0xFFF == HOLE {
             return Err(Exception::page_fault(if access == Access::Write { 2 } else { 0 }, at.0));
         }
-        Ok(Gpa(at.0))
+        Ok(Gpa(at.0 & 0xF_FFFF_FFFF_FFFF))
     }
     fn read_ram(&mut self, at: Gpa, to: &mut [u8]) -> Result<(), NotRam> {
         assert!(at.page_offset() as usize + to.len() <= 4096, "access crosses a page");
