@@ -4,6 +4,7 @@
 #include <linux/cpuhotplug.h>
 #include <linux/smp.h>
 #include <asm/cpufeature.h>
+#include <asm/cpuid/api.h>
 #include <asm/debugreg.h>
 #include <asm/fpu/api.h>
 #include <asm/fpu/xcr.h>

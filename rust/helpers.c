@@ -5,6 +5,7 @@
 #include <linux/entry-virt.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/reboot.h>
 #include <linux/sched/signal.h>
 #include <linux/spinlock.h>
 #include <linux/swap.h>
@@ -194,8 +195,20 @@ void krab_set_interruptible(void)
 void krab_kick_cpu(unsigned int cpu)
 {
 	if (cpu != get_cpu() && cpu_online(cpu))
-		smp_send_reschedule(cpu);
+		arch_smp_send_reschedule(cpu);
 	put_cpu();
+}
+
+/* eventfd.rs */
+
+__poll_t krab_poll(struct file *file, struct poll_table_struct *table)
+{
+	return vfs_poll(file, table);
+}
+
+int krab_add_wait_queue_priority_exclusive(struct wait_queue_head *queue, struct wait_queue_entry *entry)
+{
+	return add_wait_queue_priority_exclusive(queue, entry);
 }
 
 /* timer.rs */

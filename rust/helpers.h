@@ -8,8 +8,11 @@
 
 #include <linux/fs.h>
 #include <linux/mm.h>
+#include <linux/poll.h>
 #include <linux/rcuwait.h>
 #include <linux/spinlock.h>
+#include <linux/srcu.h>
+#include <linux/syscore_ops.h>
 #include <linux/types.h>
 
 #include "cpu.h"
@@ -47,6 +50,14 @@ void krab_cond_resched(void);
 void krab_prepare_to_wait(struct rcuwait *waiter);
 void krab_set_interruptible(void);
 void krab_kick_cpu(unsigned int cpu);
+
+/* eventfd.rs */
+__poll_t krab_poll(struct file *file, struct poll_table_struct *table);
+int krab_add_wait_queue_priority_exclusive(struct wait_queue_head *queue, struct wait_queue_entry *entry);
+
+/* power.rs */
+int register_reboot_notifier(struct notifier_block *block);
+int unregister_reboot_notifier(struct notifier_block *block);
 
 /* timer.rs */
 struct krab_clocks {

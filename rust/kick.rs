@@ -184,10 +184,10 @@ pub struct InGuest<'a> {
 }
 
 impl InGuest<'_> {
-    /// Whether there is a reason to leave before running the guest (again): requests, or work for this thread.
+    /// Whether there is a reason to leave before running the guest (again): requests, a kick, or work for this thread.
     #[inline]
     pub fn must_leave(&self) -> bool {
-        self.vcpu.pending() != 0 || task::work_pending()
+        self.vcpu.pending() != 0 || self.vcpu.mode.load(Ordering::Relaxed) == EXITING || task::work_pending()
     }
 }
 

@@ -5,6 +5,7 @@
 mod bindings;
 pub(crate) mod cpu;
 pub(crate) mod error;
+pub(crate) mod eventfd;
 pub(crate) mod fd;
 pub(crate) mod fpu;
 pub(crate) mod guest_mem;
@@ -13,6 +14,7 @@ pub(crate) mod lock;
 pub(crate) mod page;
 pub(crate) mod percpu;
 pub(crate) mod phys;
+pub(crate) mod power;
 pub(crate) mod srcu;
 pub(crate) mod tables;
 pub(crate) mod task;
