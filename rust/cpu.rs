@@ -5,6 +5,7 @@ use core::{ffi::c_void, marker::PhantomData};
 use kernel::prelude::*;
 
 use super::bindings;
+use crate::arch::msr;
 
 pub(crate) use bindings::krab_host_features as HostFeatures;
 
@@ -126,4 +127,16 @@ pub(crate) fn on_each<F: Fn(&IrqsOff) + Sync>(f: F) {
     }
     // SAFETY: the call waits until `f` ran on every CPU, so the borrow is long enough; `F: Sync` allows the sharing.
     unsafe { bindings::krab_on_each_cpu(Some(call::<F>), (&raw const f).cast_mut().cast()) };
+}
+
+/// Writes PRED_CMD: an indirect-branch prediction barrier, for a guest that asks for one. Ignored where the CPU has none.
+pub(crate) fn write_pred_cmd(value: u64) {
+    // SAFETY: a command register; a barrier only costs time.
+    let _ = unsafe { write_msr(msr::PRED_CMD, value) };
+}
+
+/// Writes FLUSH_CMD: an L1 data cache flush, for a guest that asks for one. Ignored where the CPU has none.
+pub(crate) fn write_flush_cmd(value: u64) {
+    // SAFETY: as above.
+    let _ = unsafe { write_msr(msr::FLUSH_CMD, value) };
 }

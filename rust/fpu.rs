@@ -122,6 +122,15 @@ impl GuestFpu {
         }
     }
 
+    /// The guest's protection-key rights.
+    pub(crate) fn pkru(&self) -> u32 {
+        if !self.has_pku || self.components() & xcr0::PKRU == 0 {
+            return 0;
+        }
+        let at = cpu::cpuid(0xD, 9)[1] as usize;
+        self.area.0.get(at..at + 4).map_or(0, |bytes| bytes.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
+    }
+
     /// XSTATE_BV of the image.
     fn components(&self) -> u64 {
         self.area.0[512..520].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))

@@ -256,3 +256,13 @@ void krab_srcu_synchronize(void *domain)
 {
 	synchronize_srcu_expedited(domain);
 }
+
+u64 krab_set_signal_mask(u64 mask)
+{
+	sigset_t new, old;
+
+	siginitset(&new, 0);
+	new.sig[0] = mask & ~(sigmask(SIGKILL) | sigmask(SIGSTOP));
+	sigprocmask(SIG_SETMASK, &new, &old);
+	return old.sig[0];
+}

@@ -69,6 +69,9 @@ struct krab_clocks {
 };
 void krab_read_clocks(struct krab_clocks *clocks);
 
+/* signal.rs */
+u64 krab_set_signal_mask(u64 mask);
+
 /* srcu.rs: the domain is a struct srcu_struct */
 void *krab_srcu_new(void);
 void krab_srcu_free(void *domain);

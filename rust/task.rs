@@ -96,3 +96,9 @@ pub(super) fn this_cpu() -> u32 {
     };
     cpu
 }
+
+/// Nanoseconds that the current task was ready to run and did not, since it began.
+pub fn run_delay_ns() -> u64 {
+    // SAFETY: the current task is valid; only itself and the scheduler on its CPU write the counter.
+    unsafe { core::ptr::read_volatile(&raw const (*current()).sched_info.run_delay) }
+}

@@ -2,6 +2,8 @@
 //! `/dev/krab` itself: what a client asks before it has a virtual machine.
 #![forbid(unsafe_code)]
 
+use core::ops::Deref;
+
 use kernel::{prelude::*, sync::Arc};
 
 use crate::{
@@ -18,7 +20,11 @@ use crate::{
         fpu, user,
         virt::Owner,
     },
-    policy::{caps::GuestCaps, cpuid, msr},
+    policy::{
+        caps::GuestCaps,
+        cpuid,
+        msr::{self, MsrConfig},
+    },
     vendor::Vendor,
     vm::Vm,
 };
@@ -35,6 +41,8 @@ pub(crate) struct Host<V: Vendor> {
     pub(crate) supported_cpuid: KVVec<KvmCpuidEntry2>,
     /// The same as capabilities: the most that any guest may do.
     pub(crate) caps: GuestCaps,
+    /// What is the same for every guest's MSRs.
+    pub(crate) msr_config: MsrConfig,
     limits: cap::Limits,
 }
 
@@ -61,6 +69,12 @@ impl<V: Vendor> Host<V> {
             let found = supported.iter().find(|entry| entry.function == function && entry.index == index);
             found.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
         });
+        let msr_config = MsrConfig {
+            supported: caps,
+            pv_features: cpuid::PV_FEATURES,
+            arch_capabilities: 0,
+            microcode: cpu::read_msr(crate::arch::msr::UCODE_REV).unwrap_or(0),
+        };
         let limits = cap::Limits {
             recommended_vcpus: (cpu::ids() as u32).min(MAX_VCPUS),
             max_vcpus: MAX_VCPUS,
@@ -69,12 +83,46 @@ impl<V: Vendor> Host<V> {
             xsave: true,
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
         };
-        Ok(Arc::new(Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, limits }, GFP_KERNEL)?)
+        Ok(Arc::new(Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, msr_config, limits }, GFP_KERNEL)?)
+    }
+
+    /// Bytes of a whole XSAVE image.
+    pub(crate) fn xsave_bytes(&self) -> usize {
+        self.limits.xsave_bytes as usize
     }
 
     /// What KVM_CHECK_EXTENSION answers, on the system and on a VM.
     pub(crate) fn check_extension(&self, number: usize) -> isize {
         cap::check_extension(number as u64, &self.limits) as isize
+    }
+}
+
+/// A host whose virtualization extension is on.
+pub(crate) struct InUse<V: Vendor>(Arc<Host<V>>);
+
+impl<V: Vendor> InUse<V> {
+    /// Turns the extension on if this is its first use. `EBUSY` when another hypervisor holds it.
+    pub(crate) fn new(host: Arc<Host<V>>) -> Result<Self> {
+        host.owner.acquire().inspect_err(|error| {
+            if *error == EBUSY {
+                pr_warn!("another hypervisor holds the CPUs' virtualization extension: unload it (rmmod kvm_amd) and try again\n");
+            }
+        })?;
+        Ok(Self(host))
+    }
+}
+
+impl<V: Vendor> Deref for InUse<V> {
+    type Target = Host<V>;
+
+    fn deref(&self) -> &Host<V> {
+        &self.0
+    }
+}
+
+impl<V: Vendor> Drop for InUse<V> {
+    fn drop(&mut self) {
+        self.0.owner.release();
     }
 }
 
@@ -104,10 +152,10 @@ impl<V: Vendor> DeviceOperations for System<V> {
                 user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), &entries[..])?;
                 Ok(0)
             }
-            KVM_GET_MSR_INDEX_LIST => write_list(at, msr::INDEX_LIST),
-            KVM_GET_MSR_FEATURE_INDEX_LIST => write_list(at, msr::FEATURE_INDEX_LIST),
+            KVM_GET_MSR_INDEX_LIST => write_list(at, msr::index_list(&self.0.msr_config)),
+            KVM_GET_MSR_FEATURE_INDEX_LIST => write_list(at, msr::feature_list(&self.0.msr_config)),
             KVM_GET_MSRS => each_msr(at, |entry| {
-                entry.data = msr::feature(entry.index).ok_or(EINVAL)?;
+                entry.data = msr::feature_value(&self.0.msr_config, entry.index).ok_or(EINVAL)?;
                 Ok(())
             }),
             KVM_X86_GET_MCE_CAP_SUPPORTED => {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Kernel crate root: the `krab` module.
+//! Kernel crate root: the `krab` module. It looks at the CPUs, takes the vendor's room that fits, and registers `/dev/krab`.
 #![allow(unreachable_pub)]
 use kernel::prelude::*;
 
@@ -7,15 +7,39 @@ use kernel::prelude::*;
 #[allow(dead_code)]
 mod glue;
 
+// The pure rooms, by the same names as in the host crate (lib.rs).
+#[allow(dead_code, unused_imports)]
 mod abi;
+#[allow(dead_code, unused_imports)]
 mod arch;
+#[allow(dead_code, unused_imports)]
 mod emul;
+#[allow(dead_code, unused_imports)]
 mod guest;
+#[allow(dead_code, unused_imports)]
 mod irqchip;
+#[allow(dead_code, unused_imports)]
 mod mmu;
+#[allow(dead_code, unused_imports)]
 mod policy;
+
+mod clock;
+mod dev;
+mod emulation;
+mod exits;
+mod irq;
+mod memory;
+mod msrs;
+mod run;
 mod svm;
+mod vcpu;
+mod vcpu_ioctl;
 mod vendor;
+mod vm;
+
+use dev::{Host, System};
+use glue::fd::CharDevice;
+use svm::Svm;
 
 module! {
     type: Krab,
@@ -25,11 +49,17 @@ module! {
     license: "GPL",
 }
 
-struct Krab;
+#[pin_data]
+struct Krab {
+    #[pin]
+    device: CharDevice<System<Svm>>,
+}
 
-impl kernel::Module for Krab {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        pr_info!("loaded\n");
-        Ok(Krab)
+impl kernel::InPlaceModule for Krab {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        pin_init::pin_init_scope(|| {
+            let system = System(Host::new(Svm::probe()?)?);
+            Ok(try_pin_init!(Self { device <- CharDevice::register(system) }? Error))
+        })
     }
 }

@@ -4,7 +4,7 @@
 //! Nothing is pinned: pages come from the address space when the guest touches them, and its MMU notifier takes them back.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::AtomicU64;
 
 use kernel::{
     new_mutex, new_spinlock,
@@ -17,7 +17,7 @@ use crate::{
     arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
     glue::{
         guest_mem::{AddressSpace, Invalidate, Want},
-        srcu::SrcuCell,
+        srcu::{SrcuCell, SrcuGuard},
         tables::{TablePages, TableStock},
         user,
     },
@@ -73,7 +73,7 @@ pub(crate) struct Mapped<F: Format + 'static> {
 }
 
 /// Guest memory of one VM.
-#[pin_data(PinnedDrop)]
+#[pin_data]
 pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     #[pin]
     space: AddressSpace<Mapped<F>>,
@@ -326,8 +326,12 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             })?;
             if let Some(run) = &around {
                 let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
-                let addresses = run.addresses();
-                let neighbours = addresses.get(..addresses.len().min(inside)).unwrap_or(&[]);
+                let mut neighbours = [None; AROUND];
+                let count = run.len().min(inside);
+                for (to, page) in neighbours.iter_mut().zip(run.iter()).take(count) {
+                    *to = Some(page);
+                }
+                let neighbours = neighbours.get(..count).unwrap_or(&[]);
                 let prot = Prot { accessed: false, dirty: false, write: writable && !slot.logs_dirty(), ..prot };
                 // Neighbours are a favour: without tables for them they wait for their own fault.
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
@@ -399,6 +403,22 @@ impl View<'_> {
         } else {
             Refused::NotNow
         }
+    }
+
+    /// Atomically where the bytes are naturally aligned.
+    pub(crate) fn compare_exchange_bytes(&self, gpa: Gpa, old: &[u8], new: &[u8]) -> Result<bool, Refused> {
+        let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
+        let len = old.len();
+        if matches!(len, 1 | 2 | 4 | 8) && gpa.page_offset() % 64 + len as u64 <= 64 {
+            return self.compare_exchange(gpa, len as u32, word(old), word(new));
+        }
+        let mut now = [0; 16];
+        let now = now.get_mut(..len).ok_or(Refused::NotRam)?;
+        self.read(gpa, now)?;
+        if now != old {
+            return Ok(false);
+        }
+        self.write(gpa, new).map(|()| true)
     }
 
     fn compare_exchange(&self, gpa: Gpa, size_bytes: u32, old: u64, new: u64) -> Result<bool, Refused> {

@@ -13,11 +13,17 @@ use kernel::{
 use crate::{
     abi::{
         ioctl::KVM_RUN,
+        pvclock::TscScale,
         vcpu::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
             KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
         },
     },
+    arch::{
+        cr::rflags,
+        segment::{Segment, SegmentName},
+    },
+    clock::VcpuClock,
     dev::MAX_VCPUS,
     emul::Emulator,
     glue::{
@@ -30,10 +36,10 @@ use crate::{
     guest::{queue::EventQueue, Regs},
     irqchip::{
         dest::{for_each_target, Cards, CardCell, Origin},
-        lapic::{inbox::{Inbox, Posted}, Lapic},
+        lapic::{Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset, regs::BASE_BSP},
         Message,
     },
-    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::Msrs},
+    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -195,7 +201,7 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) lapic: Option<KBox<Lapic>>,
     pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
     pub(crate) caps: GuestCaps,
-    pub(crate) msrs: KBox<Msrs>,
+    pub(crate) msrs: KBox<MsrState>,
     pub(crate) mp_state: MpState,
     /// From KVM_INTERRUPT, without a local APIC.
     pub(crate) user_interrupt: Option<u8>,
@@ -203,12 +209,18 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) pic_signal: bool,
     /// CR8 as hardware last had it.
     pub(crate) cr8: u8,
-    /// An interrupt or NMI window was asked for.
+    /// Where the IRET of an NMI handler is: NMIs are masked until the guest is past it.
+    pub(crate) nmi_return: Option<u64>,
+    /// RFLAGS.TF is ours, to see the end of that IRET.
+    pub(crate) stepping: bool,
+    /// An interrupt window or CR8 writes were asked for.
     pub(crate) windows_open: bool,
     pub(crate) timer: Pin<KBox<Timer<LapicTimer>>>,
     /// Index among the peers.
     pub(crate) index: usize,
-    pub(crate) clock: crate::clock::VcpuClock,
+    pub(crate) clock: VcpuClock,
+    /// IA32_APIC_BASE where userspace has the local APIC.
+    pub(crate) user_apic_base: u64,
 }
 
 /// What the vCPU's thread works on.
@@ -220,6 +232,8 @@ pub(crate) struct Core<V: Vendor> {
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
+    /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
+    pub(crate) sipi_vector: u8,
 }
 
 /// The file descriptor.
@@ -250,7 +264,7 @@ impl<V: Vendor> Vcpu<V> {
             false => None,
         };
         let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
-        let msrs = KBox::new(Msrs::new(), GFP_KERNEL_ACCOUNT)?;
+        let msrs = KBox::new(MsrState::new(&vm.host.msr_config), GFP_KERNEL_ACCOUNT)?;
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
         let (run, data) = (SharedPage::new()?, SharedPage::new()?);
@@ -267,21 +281,120 @@ impl<V: Vendor> Vcpu<V> {
             user_interrupt: None,
             pic_signal: false,
             cr8: 0,
+            nmi_return: None,
+            stepping: false,
             windows_open: false,
             timer,
             index,
-            clock: Default::default(),
+            clock: VcpuClock::default(),
+            user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
         };
-        state.reset_regs();
+        state.regs = RESET_REGS;
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
             card.publish(lapic.card());
         }
-        let core = Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None };
+        let core = Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None, sipi_vector: 0 };
         Ok(Arc::pin_init(
             try_pin_init!(Self { vm, peer, run, data, core <- new_mutex!(core) }),
             GFP_KERNEL_ACCOUNT,
         )?
         .into())
+    }
+}
+
+/// RIP and RFLAGS after RESET and INIT; RDX is the CPU's signature, which userspace sets if it matters.
+const RESET_REGS: Regs = Regs { gpr: [0; 16], rip: 0xFFF0, rflags: rflags::FIXED };
+
+impl<V: Vendor> State<V> {
+    /// Takes what others left in the inbox. The vCPU's state may change with it: INIT, SIPI.
+    pub(crate) fn drain_inbox(&mut self, vm: &Vm<V>, peer: &Peer) {
+        let Some(lapic) = &mut self.lapic else {
+            peer.inbox.clear();
+            return;
+        };
+        let signals = peer.inbox.drain(lapic);
+        if signals.timer {
+            let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+            lapic.timer_expired(timer::now_ns(), tsc);
+            self.arm_timer();
+        }
+        if signals.pic {
+            self.pic_signal = vm.irq.pic_output();
+        }
+        if signals.nmi {
+            self.events.raise_nmi();
+        }
+        if signals.init {
+            self.init(vm);
+        }
+        if let (Some(vector), MpState::InitReceived) = (signals.sipi, self.mp_state) {
+            self.start(vector);
+        }
+    }
+
+    /// INIT: the boot CPU starts at the reset vector, the others wait for a start-up IPI.
+    fn init(&mut self, vm: &Vm<V>) {
+        self.hw.reset(true);
+        self.regs = RESET_REGS;
+        self.events = EventQueue::default();
+        self.pic_signal = false;
+        self.nmi_return = None;
+        self.stepping = false;
+        self.msrs.init();
+        self.clock = VcpuClock::default();
+        let Some(lapic) = &mut self.lapic else { return };
+        let work = lapic.reset(Reset::Init);
+        let boot = lapic.base() & BASE_BSP != 0;
+        self.lapic_work(vm, work);
+        self.mp_state = if boot { MpState::Runnable } else { MpState::InitReceived };
+    }
+
+    /// Start-up IPI: real mode at `vector` * 4096.
+    fn start(&mut self, vector: u8) {
+        let code = Segment {
+            base: u64::from(vector) << 12,
+            selector: u16::from(vector) << 8,
+            ..self.hw.segment(SegmentName::Cs as usize)
+        };
+        self.hw.set_segment(SegmentName::Cs as usize, &code);
+        self.regs.rip = 0;
+        self.mp_state = MpState::Runnable;
+    }
+
+    /// Carries out what an access to the local APIC asked for.
+    pub(crate) fn lapic_work(&mut self, vm: &Vm<V>, work: LapicWork) {
+        if work.card_changed {
+            if let (Some(lapic), Some(cell)) = (&self.lapic, vm.peers.card(self.index)) {
+                cell.publish(lapic.card());
+            }
+        }
+        if let Some(message) = work.ipi {
+            vm.peers.deliver(&message, Origin::Cpu(self.index));
+        }
+        if let Some(eoi) = work.eoi {
+            vm.irq.eoi(eoi);
+        }
+        if work.timer_changed {
+            self.arm_timer();
+        }
+        match work.signal {
+            Some(LocalSignal::Nmi) => self.events.raise_nmi(),
+            Some(LocalSignal::ExtInt) => self.pic_signal = vm.irq.pic_output(),
+            _ => {}
+        }
+    }
+
+    /// Sets the host timer to the local APIC's deadline. One that is no deadline any more fires in vain.
+    pub(crate) fn arm_timer(&mut self) {
+        match self.lapic.as_ref().and_then(|lapic| lapic.deadline()) {
+            Some(Deadline::Ns(at)) => self.timer.arm(at),
+            Some(Deadline::GuestTsc(at)) => {
+                let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+                let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |s| s.nanoseconds(at.saturating_sub(tsc)));
+                self.timer.arm(timer::now_ns().saturating_add(ns));
+            }
+            None => {}
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A virtual machine: its memory, its virtual CPUs, its interrupt controllers, and the ioctls on its file descriptor.
 //!
-//! Lock order, outermost first: a VM's `setup`, a vCPU's `core`, `irqchip`, the nested table. None is held while a guest runs but the
-//! vCPU's own `core`.
+//! Lock order, outermost first: a VM's `setup`, a vCPU's `core`, the slots' update lock, `irqfds`, `chips`, the nested table. None is
+//! held while a guest runs but the vCPU's own `core`.
 #![forbid(unsafe_code)]
 
 use kernel::{
@@ -14,27 +14,199 @@ use kernel::{
 use crate::{
     abi::{
         ioctl::*,
-        vm::{KvmDirtyLog, KvmUserspaceMemoryRegion},
+        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig},
+        vm::{
+            KvmClockData, KvmDirtyLog, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
+            KVM_CLOCK_TSC_STABLE,
+        },
+        FromZeros,
     },
     arch::Hva,
-    dev::{Host, MAX_VCPUS},
+    clock::VmClock,
+    dev::{Host, InUse, MAX_VCPUS},
     glue::{
         fd::{self, FileOperations},
-        user,
+        timer, user,
     },
+    irq::Irq,
+    irqchip::pit::PitState,
     memory::Memory,
-    vcpu::{Peers, Vcpu},
+    vcpu::{request, Peers, Vcpu},
     vendor::Vendor,
 };
 
 /// One virtual machine. Lives as long as its file descriptor or any of its vCPUs'.
-#[pin_data(PinnedDrop)]
+#[pin_data]
 pub(crate) struct Vm<V: Vendor> {
-    pub(crate) host: Arc<Host<V>>,
     #[pin]
     pub(crate) memory: Memory<V::NestedFormat>,
-    /// Everything that must not change while something else is set up.
     #[pin]
-    setup: Mutex<Setup>,
+    pub(crate) irq: Irq,
+    /// Held while something is made that others must not make at the same time.
+    #[pin]
+    setup: Mutex<()>,
     pub(crate) peers: Arc<Peers>,
+    pub(crate) clock: VmClock,
+    /// Last: the extension is needed until everything else is gone.
+    pub(crate) host: InUse<V>,
+}
+
+impl<V: Vendor> Vm<V> {
+    /// A VM without memory and vCPUs. `EBUSY` when another hypervisor holds the CPUs' virtualization extension.
+    pub(crate) fn new(host: Arc<Host<V>>) -> Result<Arc<Self>> {
+        let host = InUse::new(host)?;
+        let peers = Peers::new()?;
+        let levels = host.owner.hardware().nested_levels();
+        Ok(Arc::pin_init(
+            try_pin_init!(Self {
+                memory <- Memory::new(peers.clone(), levels),
+                irq <- Irq::new(peers.clone()),
+                setup <- new_mutex!(()),
+                peers,
+                clock: VmClock::new(),
+                host,
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?)
+    }
+
+    /// Whether interrupt controllers are in the kernel.
+    pub(crate) fn has_irqchip(&self) -> bool {
+        self.irq.exists()
+    }
+
+    fn clock_data(&self) -> KvmClockData {
+        let now = timer::instant();
+        KvmClockData {
+            clock: self.clock.at(now.boot_ns),
+            flags: KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
+            realtime: now.real_ns,
+            host_tsc: now.tsc.unwrap_or(0),
+            ..KvmClockData::new_zeroed()
+        }
+    }
+
+    fn set_clock(&self, data: &KvmClockData) -> Result {
+        if data.flags & !(KVM_CLOCK_REALTIME | KVM_CLOCK_TSC_STABLE | KVM_CLOCK_HOST_TSC) != 0 {
+            return Err(EINVAL);
+        }
+        let mut clock = data.clock;
+        if data.flags & KVM_CLOCK_REALTIME != 0 {
+            // What passed since the clock was read goes on top.
+            clock = clock.wrapping_add(timer::real_ns().saturating_sub(data.realtime));
+        }
+        self.clock.set(clock);
+        for peer in self.peers.iter() {
+            peer.kick.post(request::CLOCK);
+        }
+        Ok(())
+    }
+}
+
+impl<V: Vendor> FileOperations for Vm<V> {
+    const NAME: &'static CStr = c"krab-vm";
+
+    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
+        if !this.memory.is_current() {
+            return Err(EIO);
+        }
+        let at = Hva(arg as u64);
+        match cmd {
+            KVM_CHECK_EXTENSION => Ok(this.host.check_extension(arg)),
+            KVM_CREATE_VCPU => {
+                let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
+                let _setup = this.setup.lock();
+                Ok(fd::anon_fd(Vcpu::new(this.into(), id)?)? as isize)
+            }
+            KVM_SET_USER_MEMORY_REGION => {
+                this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;
+                Ok(0)
+            }
+            KVM_GET_DIRTY_LOG => {
+                this.memory.get_dirty_log(&user::read::<KvmDirtyLog>(at)?)?;
+                Ok(0)
+            }
+            // Only VMX without unrestricted guest needs this memory.
+            KVM_SET_TSS_ADDR if arg as u64 > u64::from(u32::MAX) - 3 * 4096 => Err(EINVAL),
+            KVM_SET_TSS_ADDR => Ok(0),
+            KVM_SET_IDENTITY_MAP_ADDR => {
+                user::read::<u64>(at)?;
+                match this.peers.len() {
+                    0 => Ok(0),
+                    _ => Err(EINVAL),
+                }
+            }
+            KVM_CREATE_IRQCHIP => {
+                let _setup = this.setup.lock();
+                if this.has_irqchip() {
+                    return Err(EEXIST);
+                }
+                if this.peers.len() > 0 {
+                    return Err(EINVAL);
+                }
+                this.irq.create()?;
+                Ok(0)
+            }
+            KVM_CREATE_PIT2 => {
+                let config: KvmPitConfig = user::read(at)?;
+                let _setup = this.setup.lock();
+                this.irq.create_pit(&config)?;
+                Ok(0)
+            }
+            KVM_GET_PIT2 => {
+                user::write(at, &this.irq.pit()?)?;
+                Ok(0)
+            }
+            KVM_SET_PIT2 => {
+                this.irq.set_pit(&user::read::<PitState>(at)?)?;
+                Ok(0)
+            }
+            KVM_GET_IRQCHIP => {
+                let mut irqchip = KBox::new(user::read::<KvmIrqchip>(at)?, GFP_KERNEL_ACCOUNT)?;
+                this.irq.get_irqchip(&mut irqchip)?;
+                user::write(at, &*irqchip)?;
+                Ok(0)
+            }
+            KVM_SET_IRQCHIP => {
+                let irqchip = KBox::new(user::read::<KvmIrqchip>(at)?, GFP_KERNEL_ACCOUNT)?;
+                this.irq.set_irqchip(&irqchip)?;
+                Ok(0)
+            }
+            KVM_IRQ_LINE | KVM_IRQ_LINE_STATUS => {
+                let mut line: KvmIrqLevel = user::read(at)?;
+                let status = this.irq.irq_line(line.irq, line.level != 0)?;
+                if cmd == KVM_IRQ_LINE_STATUS {
+                    line.irq = status as u32;
+                    user::write(at, &line)?;
+                }
+                Ok(0)
+            }
+            KVM_SET_GSI_ROUTING => {
+                let _setup = this.setup.lock();
+                this.irq.set_gsi_routing(at)?;
+                Ok(0)
+            }
+            KVM_SIGNAL_MSI => this.irq.signal_msi(&user::read::<KvmMsi>(at)?),
+            KVM_IRQFD => {
+                this.irq.irqfd(&user::read::<KvmIrqfd>(at)?)?;
+                Ok(0)
+            }
+            KVM_IOEVENTFD => {
+                let request: KvmIoeventfd = user::read(at)?;
+                let _setup = this.setup.lock();
+                this.irq.ioeventfd(&request)?;
+                Ok(0)
+            }
+            KVM_GET_CLOCK => {
+                user::write(at, &this.clock_data())?;
+                Ok(0)
+            }
+            KVM_SET_CLOCK => {
+                this.set_clock(&user::read::<KvmClockData>(at)?)?;
+                Ok(0)
+            }
+            KVM_GET_TSC_KHZ => Ok(timer::tsc_khz() as isize),
+            _ => Err(ENOTTY),
+        }
+    }
 }

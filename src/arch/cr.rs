@@ -96,6 +96,10 @@ pub mod xcr0 {
 pub mod dr {
     /// DR6 after reset, and its bits that read as 1.
     pub const DR6_INIT: u64 = 0xFFFF_0FF0;
+    /// Bits of DR6 that software may set.
+    pub const DR6_WRITABLE: u64 = 0xE00F;
+    /// Bits of DR7 that software may set.
+    pub const DR7_WRITABLE: u64 = 0xFFFF_2BFF;
     /// DR7 after reset: only the bit that reads as 1.
     pub const DR7_INIT: u64 = 0x400;
     /// General-detect enable.

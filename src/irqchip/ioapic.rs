@@ -65,7 +65,18 @@ impl Entry {
 }
 
 /// `struct kvm_ioapic_state`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zerocopy_derive::FromBytes,
+    zerocopy_derive::IntoBytes,
+    zerocopy_derive::Immutable,
+    zerocopy_derive::KnownLayout,
+)]
 #[repr(C)]
 pub struct IoapicState {
     /// 0x00

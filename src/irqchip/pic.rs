@@ -19,7 +19,18 @@ const CASCADE: u8 = 2;
 const ELCR_MASKS: [u8; 2] = [0xF8, 0xDE];
 
 /// `struct kvm_pic_state`: one chip, and its saved form.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zerocopy_derive::FromBytes,
+    zerocopy_derive::IntoBytes,
+    zerocopy_derive::Immutable,
+    zerocopy_derive::KnownLayout,
+)]
 #[repr(C)]
 pub struct PicState {
     /// 0x0: lines, for edge detection.

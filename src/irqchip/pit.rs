@@ -39,7 +39,18 @@ const fn ticks_to_ns(ticks: u64) -> u64 {
 }
 
 /// `struct kvm_pit_channel_state`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zerocopy_derive::FromBytes,
+    zerocopy_derive::IntoBytes,
+    zerocopy_derive::Immutable,
+    zerocopy_derive::KnownLayout,
+)]
 #[repr(C)]
 pub struct PitChannelState {
     /// 0x00: 1 to 65536.
@@ -71,7 +82,18 @@ pub struct PitChannelState {
 }
 
 /// `struct kvm_pit_state2`; its first 72 bytes are `struct kvm_pit_state`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zerocopy_derive::FromBytes,
+    zerocopy_derive::IntoBytes,
+    zerocopy_derive::Immutable,
+    zerocopy_derive::KnownLayout,
+)]
 #[repr(C)]
 pub struct PitState {
     /// 0x00

@@ -23,7 +23,18 @@ const CHIP_IOAPIC: u32 = 2;
 const MSI_VALID_DEVID: u32 = 1;
 
 /// `struct kvm_irq_routing_entry`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zerocopy_derive::FromBytes,
+    zerocopy_derive::IntoBytes,
+    zerocopy_derive::Immutable,
+    zerocopy_derive::KnownLayout,
+)]
 #[repr(C)]
 pub struct RawRoute {
     /// 0x00

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The emulator at work: what a vCPU offers it, and where its device accesses go.
+#![forbid(unsafe_code)]
+
+use kernel::prelude::*;
+
+use crate::{
+    arch::{
+        cr::dr,
+        segment::{DescriptorTable, Segment, SegmentName},
+        Gpa, Gva,
+    },
+    emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
+    exits::ToUser,
+    glue::{fpu::GuestFpu, page::SharedPage, timer},
+    guest::{event::vector, exit::NestedFault, Exception},
+    memory::View,
+    mmu::{guest_mem::GuestMem, walk},
+    vcpu::{Core, Pending, State, Vcpu},
+    vendor::{Vendor, VendorVcpu},
+};
+
+/// Bytes in the local APIC's register window.
+const LAPIC_WINDOW: u64 = 4096;
+
+/// A vCPU as the emulator sees it.
+struct Emulated<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    fpu: &'a mut GuestFpu,
+    data: &'a SharedPage,
+    view: View<'a>,
+    /// The last translation failed in a way that the guest has no exception for.
+    lost: bool,
+}
+
+impl<V: Vendor> Cpu for Emulated<'_, V> {
+    fn gpr(&self, register: usize) -> u64 {
+        self.state.regs.gpr[register & 0xF]
+    }
+
+    fn set_gpr(&mut self, register: usize, value: u64) {
+        self.state.regs.gpr[register & 0xF] = value;
+    }
+
+    fn rip(&self) -> u64 {
+        self.state.regs.rip
+    }
+
+    fn set_rip(&mut self, value: u64) {
+        self.state.regs.rip = value;
+    }
+
+    fn rflags(&self) -> u64 {
+        self.state.regs.rflags
+    }
+
+    fn set_rflags(&mut self, value: u64) {
+        self.state.regs.rflags = value;
+    }
+
+    fn set_interrupt_shadow(&mut self, shadow: Shadow) {
+        self.state.hw.set_interrupt_shadow(shadow != Shadow::None);
+    }
+
+    fn segment(&self, name: SegmentName) -> Segment {
+        self.state.hw.segment(name as usize)
+    }
+
+    fn set_segment(&mut self, name: SegmentName, value: &Segment) {
+        self.state.hw.set_segment(name as usize, value);
+    }
+
+    fn tss(&self) -> Segment {
+        self.state.hw.tr()
+    }
+
+    fn table(&self, which: Table) -> DescriptorTable {
+        match which {
+            Table::Gdt => self.state.hw.gdtr(),
+            Table::Idt => self.state.hw.idtr(),
+        }
+    }
+
+    fn set_table(&mut self, which: Table, value: DescriptorTable) {
+        match which {
+            Table::Gdt => self.state.hw.set_gdtr(value),
+            Table::Idt => self.state.hw.set_idtr(value),
+        }
+    }
+
+    fn cpl(&self) -> u8 {
+        self.state.hw.cpl()
+    }
+
+    fn efer(&self) -> u64 {
+        self.state.hw.efer()
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.fpu.xcr0()
+    }
+
+    fn cr(&self, register: u8) -> u64 {
+        let hw = &self.state.hw;
+        match register {
+            0 => hw.cr0(),
+            2 => hw.cr2(),
+            3 => hw.cr3(),
+            4 => hw.cr4(),
+            _ => self.state.cr8.into(),
+        }
+    }
+
+    fn set_cr(&mut self, register: u8, value: u64) -> core::result::Result<(), Exception> {
+        if register == 2 {
+            self.state.hw.set_cr2(value);
+            return Ok(());
+        }
+        self.state.write_cr(register, value)
+    }
+
+    fn dr(&self, register: u8) -> u64 {
+        match register {
+            6 => self.state.hw.dr6(),
+            7 => self.state.hw.dr7(),
+            n => self.fpu.breakpoints[usize::from(n & 3)],
+        }
+    }
+
+    fn set_dr(&mut self, register: u8, value: u64) -> core::result::Result<(), Exception> {
+        match register {
+            6 | 7 if value >> 32 != 0 => return Err(Exception::GP0),
+            6 => self.state.hw.set_dr6(value & dr::DR6_WRITABLE | dr::DR6_INIT),
+            7 => {
+                self.state.hw.set_dr7(value & dr::DR7_WRITABLE | dr::DR7_INIT);
+                self.fpu.breakpoints_enabled = value & dr::DR7_ENABLES != 0;
+            }
+            n => self.fpu.breakpoints[usize::from(n & 3)] = value,
+        }
+        Ok(())
+    }
+
+    fn invlpg(&mut self, _at: Gva) {
+        self.state.hw.flush_tlb();
+    }
+
+    fn translate(&mut self, at: Gva, access: Access) -> core::result::Result<Gpa, Exception> {
+        let access = match access {
+            Access::Read => walk::Access::READ,
+            Access::Write => walk::Access::WRITE,
+            Access::Execute => walk::Access::EXECUTE,
+            Access::SystemRead => walk::Access::SYSTEM_READ,
+        };
+        let context = self.state.walk_context(self.fpu.pkru());
+        match walk::walk(&self.view, &context, at, access) {
+            Ok(found) => Ok(found.gpa),
+            Err(walk::WalkError::Fault(exception)) => Err(exception),
+            Err(walk::WalkError::NonCanonical) => Err(Exception::GP0),
+            Err(walk::WalkError::Tables(..) | walk::WalkError::Contended) => {
+                self.lost = true;
+                Err(Exception::GP0)
+            }
+        }
+    }
+
+    fn read_ram(&mut self, at: Gpa, to: &mut [u8]) -> core::result::Result<(), NotRam> {
+        self.view.read(at, to).map_err(|_| NotRam)
+    }
+
+    fn write_ram(&mut self, at: Gpa, from: &[u8]) -> core::result::Result<(), NotRam> {
+        self.view.write(at, from).map_err(|_| NotRam)
+    }
+
+    fn compare_exchange_ram(&mut self, at: Gpa, old: &[u8], new: &[u8]) -> core::result::Result<bool, NotRam> {
+        self.view.compare_exchange_bytes(at, old, new).map_err(|_| NotRam)
+    }
+
+    fn vector(&mut self, register: usize) -> [u8; 32] {
+        self.fpu.vector(register)
+    }
+
+    fn set_vector(&mut self, register: usize, value: &[u8; 32], vex: bool) {
+        self.fpu.set_vector(register, value, vex);
+    }
+
+    fn read_port_data(&mut self, offset: usize, to: &mut [u8]) {
+        self.data.copy_out(offset, to);
+    }
+
+    fn write_port_data(&mut self, offset: usize, from: &[u8]) {
+        self.data.copy_in(offset, from);
+    }
+
+    fn mode(&self) -> Mode {
+        self.state.mode()
+    }
+}
+
+impl<V: Vendor> Vcpu<V> {
+    /// Emulates at RIP, or goes on with an instruction that waited for userspace. `fault`: what the guest tried, if that is why.
+    /// `Some`: userspace is needed.
+    pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
+        let vm = &*self.vm;
+        if fault.is_some_and(|fault| fault.walk) {
+            // The guest's page tables are in no memory.
+            return Ok(Some(self.emulation_failure(core)));
+        }
+        loop {
+            let Core { state, fpu, emulator, .. } = core;
+            let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
+            let mut assisted = [0; 15];
+            let bytes = match state.hw.instruction_bytes() {
+                Some(bytes) if fault.is_some() => {
+                    let len = bytes.len().min(15);
+                    assisted[..len].copy_from_slice(&bytes[..len]);
+                    assisted.get(..len)
+                }
+                _ => None,
+            };
+            let rip = state.regs.rip;
+            let mut emulated = Emulated { state, fpu, data: &self.data, view: vm.memory.view(true), lost: false };
+            let step = emulator.step(&mut emulated, bytes);
+            let lost = emulated.lost;
+            drop(emulated);
+            let done = match step {
+                Step::Done => {
+                    if traps && state.regs.rip != rip {
+                        state.events.raise(Exception {
+                            payload: Some(dr::DR6_BS),
+                            ..Exception::plain(vector::DB)
+                        });
+                    }
+                    true
+                }
+                Step::MmioRead { gpa, len } => match state.device_read(vm, gpa, len) {
+                    Some(value) => {
+                        emulator.complete_read(value.to_le_bytes().get(..usize::from(len)).unwrap_or(&[]));
+                        false
+                    }
+                    None => {
+                        core.pending = Pending::MmioRead { len };
+                        return Ok(Some(ToUser::Mmio { gpa, data: [0; 8], len, write: false }));
+                    }
+                },
+                Step::MmioWrite { gpa, data, len } => {
+                    if state.device_write(vm, gpa, len, u64::from_le_bytes(data)) {
+                        !emulator.is_busy()
+                    } else {
+                        if emulator.is_busy() {
+                            core.pending = Pending::Emulation;
+                        }
+                        return Ok(Some(ToUser::Mmio { gpa, data, len, write: true }));
+                    }
+                }
+                Step::PortIn { port, size, count } => {
+                    if self.ports_in(port, size, count) {
+                        emulator.complete_port_in();
+                        false
+                    } else {
+                        core.pending = Pending::EmulatedPortIn;
+                        return Ok(Some(ToUser::Port { input: true, size_bytes: size, port, count }));
+                    }
+                }
+                Step::PortOut { port, size, count } => {
+                    if self.ports_out(port, size, count) {
+                        true
+                    } else {
+                        return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count }));
+                    }
+                }
+                Step::Fault(_) if lost => return Ok(Some(self.emulation_failure(core))),
+                Step::Fault(exception) => {
+                    state.regs.rflags |= crate::arch::cr::rflags::RF;
+                    state.events.raise(exception);
+                    true
+                }
+                Step::Unsupported => return Ok(Some(self.emulation_failure(core))),
+            };
+            if done {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn emulation_failure(&self, core: &mut Core<V>) -> ToUser {
+        core.emulator.reset();
+        let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());
+        ToUser::Emulation { bytes, len: len as u8 }
+    }
+
+    /// INS from a device in the kernel, which fills the data page. `false`: userspace has the port.
+    fn ports_in(&self, port: u16, size: u8, count: u16) -> bool {
+        for at in (0..usize::from(count)).map(|n| n * usize::from(size)) {
+            let Some(value) = self.vm.irq.port_in(port, size) else { return false };
+            self.data.copy_in(at, value.to_le_bytes().get(..usize::from(size)).unwrap_or(&[]));
+        }
+        true
+    }
+
+    fn ports_out(&self, port: u16, size: u8, count: u16) -> bool {
+        for at in (0..usize::from(count)).map(|n| n * usize::from(size)) {
+            let mut value = [0; 4];
+            if let Some(into) = value.get_mut(..usize::from(size)) {
+                self.data.copy_out(at, into);
+            }
+            if !self.vm.irq.port_out(port, size, u32::from_le_bytes(value)) {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+impl<V: Vendor> State<V> {
+    /// Offset into the local APIC's register window.
+    fn lapic_offset(&self, gpa: Gpa) -> Option<u32> {
+        let lapic = self.lapic.as_ref()?;
+        let offset = gpa.0.wrapping_sub(lapic.base_gpa().0);
+        (lapic.mode() == crate::irqchip::lapic::Mode::XApic && offset < LAPIC_WINDOW).then_some(offset as u32)
+    }
+
+    /// A read from a device in the kernel. `None`: userspace has it.
+    fn device_read(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8) -> Option<u64> {
+        match (self.lapic_offset(gpa), &mut self.lapic) {
+            (Some(offset), Some(lapic)) => Some(lapic.mmio_read(offset, len, timer::now_ns())),
+            _ => vm.irq.mmio_read(gpa, len),
+        }
+    }
+
+    /// A write to a device in the kernel. `false`: userspace has it.
+    fn device_write(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8, value: u64) -> bool {
+        match (self.lapic_offset(gpa), &mut self.lapic) {
+            (Some(offset), Some(lapic)) => {
+                let work = lapic.mmio_write(offset, len, value, timer::now_ns());
+                self.lapic_work(vm, work);
+                true
+            }
+            _ => vm.irq.mmio_write(gpa, len, value),
+        }
+    }
+}

@@ -1,0 +1,497 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What each exit means: the quick handlers of the inner ring, and the slow ones in process context.
+#![forbid(unsafe_code)]
+
+use kernel::prelude::*;
+
+use crate::{
+    abi::run::*,
+    arch::{
+        cr::{cr0, cr4, dr, efer, rflags},
+        segment::{SegmentAttributes, SegmentName},
+        Gpa, Gva,
+    },
+    emul::{skip_length, Intercepted, Mode},
+    glue::page::SharedPage,
+    guest::{
+        check,
+        event::{vector, Exception},
+        exit::{NestedFault, PortAccess, RegisterMove},
+        Exit, Gpr,
+    },
+    memory::{Fault, View},
+    mmu::{guest_mem::GuestMem, walk},
+    policy::cpuid_table::Dynamic,
+    vcpu::{Core, MpState, Pending, State, Vcpu},
+    vendor::{Vendor, VendorVcpu},
+    vm::Vm,
+};
+
+/// What the inner ring does after a quick handler.
+pub(crate) enum Handled {
+    Resume,
+    /// The vCPU does not run any more: it is halted.
+    Blocked,
+    /// The exit needs process context; nothing was done yet.
+    Slow,
+}
+
+/// What userspace is told.
+pub(crate) enum ToUser {
+    Port { input: bool, size_bytes: u8, port: u16, count: u16 },
+    Mmio { gpa: Gpa, data: [u8; 8], len: u8, write: bool },
+    Halt,
+    Shutdown,
+    InterruptWindow,
+    FailEntry { reason: u64 },
+    /// KVM_INTERNAL_ERROR_EMULATION with the bytes of the instruction.
+    Emulation { bytes: [u8; 15], len: u8 },
+    UnexpectedExit { reason: u64 },
+}
+
+impl ToUser {
+    /// Writes it to `struct kvm_run`.
+    pub(crate) fn report(&self, run: &SharedPage) {
+        let reason = match *self {
+            Self::Port { input, size_bytes, port, count } => {
+                let direction = if input { KVM_EXIT_IO_IN } else { KVM_EXIT_IO_OUT };
+                let io = ExitIo { direction, size: size_bytes, port, count: count.into(), data_offset: 4096 };
+                run.write(EXIT_UNION, &io);
+                KVM_EXIT_IO
+            }
+            Self::Mmio { gpa, data, len, write } => {
+                let mmio =
+                    ExitMmio { phys_addr: gpa.0, data, len: len.into(), is_write: u8::from(write), pad: [0; 3] };
+                run.write(EXIT_UNION, &mmio);
+                KVM_EXIT_MMIO
+            }
+            Self::Halt => KVM_EXIT_HLT,
+            Self::Shutdown => KVM_EXIT_SHUTDOWN,
+            Self::InterruptWindow => KVM_EXIT_IRQ_WINDOW_OPEN,
+            Self::FailEntry { reason } => {
+                let fail = ExitFailEntry {
+                    hardware_entry_failure_reason: reason,
+                    cpu: crate::glue::cpu::current() as u32,
+                    pad: 0,
+                };
+                run.write(EXIT_UNION, &fail);
+                KVM_EXIT_FAIL_ENTRY
+            }
+            Self::Emulation { bytes, len } => {
+                let failure = ExitEmulationFailure {
+                    suberror: KVM_INTERNAL_ERROR_EMULATION,
+                    ndata: if len > 0 { 3 } else { 0 },
+                    flags: if len > 0 { KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES } else { 0 },
+                    insn_size: len,
+                    insn_bytes: bytes,
+                };
+                run.write(EXIT_UNION, &failure);
+                KVM_EXIT_INTERNAL_ERROR
+            }
+            Self::UnexpectedExit { reason } => {
+                let mut data = [0; 16];
+                data[0] = reason;
+                let error = ExitInternalError {
+                    suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+                    ndata: 1,
+                    data,
+                };
+                run.write(EXIT_UNION, &error);
+                KVM_EXIT_INTERNAL_ERROR
+            }
+        };
+        run.store(EXIT_REASON, reason);
+    }
+}
+
+/// The instruction's length is not known yet: guest memory is not at hand without sleeping.
+pub(crate) struct NotNow;
+
+impl<V: Vendor> State<V> {
+    #[inline]
+    pub(crate) fn gpr(&self, register: Gpr) -> u64 {
+        self.regs.gpr[register as usize]
+    }
+
+    #[inline]
+    pub(crate) fn set_gpr(&mut self, register: Gpr, value: u64) {
+        self.regs.gpr[register as usize] = value;
+    }
+
+    /// IN's result: the low bytes of RAX, where 32 bits clear the upper half.
+    pub(crate) fn set_accumulator(&mut self, value: u32, size_bytes: u8) {
+        let old = self.gpr(Gpr::Rax);
+        let new = match size_bytes {
+            1 => old & !0xFF | u64::from(value & 0xFF),
+            2 => old & !0xFFFF | u64::from(value & 0xFFFF),
+            _ => value.into(),
+        };
+        self.set_gpr(Gpr::Rax, new);
+    }
+
+    /// How the guest reads code now.
+    pub(crate) fn mode(&self) -> Mode {
+        let code = self.hw.segment(SegmentName::Cs as usize).attributes;
+        if self.hw.efer() & efer::LMA != 0 && code.long() {
+            Mode::Long64
+        } else if self.hw.cr0() & cr0::PE == 0 {
+            Mode::Real
+        } else if self.regs.rflags & rflags::VM != 0 {
+            Mode::Vm86
+        } else if code.0 & SegmentAttributes::DB != 0 {
+            Mode::Protected32
+        } else {
+            Mode::Protected16
+        }
+    }
+
+    /// The guest's paging as the walker wants it. `pkru` only matters where the extended state is at hand.
+    pub(crate) fn walk_context(&self, pkru: u32) -> walk::Context {
+        walk::Context {
+            cr0: self.hw.cr0(),
+            cr3: self.hw.cr3(),
+            cr4: self.hw.cr4(),
+            efer: self.hw.efer(),
+            rflags: self.regs.rflags,
+            pkru,
+            cpl: self.hw.cpl(),
+            physical_bits: self.caps.physical_bits,
+            pages_1g: self.caps.page_1g,
+            upper_global_reserved: self.caps.vendor == crate::arch::cpuid::Vendor::Amd,
+        }
+    }
+
+    /// Reads the bytes at RIP, as many as can be read up to 15.
+    pub(crate) fn fetch(&self, view: &View<'_>, mode: Mode) -> ([u8; 15], usize) {
+        let mut bytes = [0; 15];
+        let base = if mode == Mode::Long64 { 0 } else { self.hw.segment(SegmentName::Cs as usize).base };
+        let mut at = base.wrapping_add(self.regs.rip);
+        if mode != Mode::Long64 {
+            at &= 0xFFFF_FFFF;
+        }
+        let context = self.walk_context(0);
+        let mut done = 0;
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let Ok(found) = walk::walk(view, &context, Gva(at), walk::Access::EXECUTE) else { break };
+            let part = rest.len().min((4096 - found.gpa.page_offset()) as usize);
+            let Some(into) = rest.get_mut(..part) else { break };
+            if view.read(found.gpa, into).is_err() {
+                break;
+            }
+            done += part;
+            at = at.wrapping_add(part as u64);
+        }
+        (bytes, done)
+    }
+
+    /// Moves RIP behind the intercepted instruction.
+    #[inline]
+    pub(crate) fn skip(&mut self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<(), NotNow> {
+        let next = match self.hw.next_rip() {
+            Some(next) => next,
+            None => {
+                let mode = self.mode();
+                let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
+                let length = skip_length(bytes.get(..len).unwrap_or(&[]), mode, what).ok_or(NotNow)?;
+                let next = self.regs.rip.wrapping_add(length.into());
+                match mode {
+                    Mode::Long64 => next,
+                    Mode::Real | Mode::Vm86 | Mode::Protected16 => next & 0xFFFF,
+                    Mode::Protected32 => next & 0xFFFF_FFFF,
+                }
+            }
+        };
+        self.completed(next);
+        Ok(())
+    }
+
+    /// An instruction is over: RIP, the interrupt shadow, RF, and the single-step trap.
+    #[inline]
+    pub(crate) fn completed(&mut self, next_rip: u64) {
+        self.regs.rip = next_rip;
+        self.hw.set_interrupt_shadow(false);
+        self.regs.rflags &= !rflags::RF;
+        if self.regs.rflags & rflags::TF != 0 {
+            self.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
+        }
+    }
+
+    /// The quick handlers: interrupts are off and nothing may sleep.
+    #[inline]
+    pub(crate) fn handle_fast(&mut self, vm: &Vm<V>, exit: &Exit, xcr0: u64) -> Handled {
+        let done = match exit {
+            Exit::NestedFault(fault) => return self.nested_fault_fast(vm, fault),
+            Exit::Rdmsr => self.handle_rdmsr(vm, false),
+            Exit::Wrmsr => self.handle_wrmsr(vm, false),
+            Exit::Port(access) => return self.port_fast(vm, access),
+            Exit::Cpuid => self.handle_cpuid(vm, xcr0, false),
+            Exit::Hlt => {
+                if self.hw.cpl() != 0 {
+                    self.events.raise(Exception::GP0);
+                    return Handled::Resume;
+                }
+                match self.skip(vm, Intercepted::Hlt, false) {
+                    Ok(()) => {
+                        self.mp_state = MpState::Halted;
+                        return Handled::Blocked;
+                    }
+                    Err(NotNow) => return Handled::Slow,
+                }
+            }
+            Exit::Hypercall => self.handle_hypercall(vm, false),
+            Exit::InterruptWindow => Ok(()),
+            Exit::NmiWindow => {
+                self.hw.want_nmi_window(false);
+                self.nmi_return = Some(self.regs.rip);
+                if self.events.nmis > 0 && self.regs.rflags & rflags::TF == 0 {
+                    // Another one waits: the trap after IRET tells when it may go in.
+                    self.regs.rflags |= rflags::TF | rflags::RF;
+                    self.stepping = true;
+                }
+                Ok(())
+            }
+            Exit::Invd => self.skip(vm, Intercepted::Invd, false),
+            Exit::Wbinvd => self.skip(vm, Intercepted::Wbinvd, false),
+            Exit::Pause => self.skip(vm, Intercepted::Pause, false),
+            Exit::ControlRegister(RegisterMove { register, write: true, gpr: Some(gpr) }) => {
+                match self.write_cr(*register, self.regs.gpr[usize::from(gpr & 0xF)]) {
+                    Ok(()) => self.skip(vm, Intercepted::MoveRegister, false),
+                    Err(exception) => {
+                        self.events.raise(exception);
+                        Ok(())
+                    }
+                }
+            }
+            Exit::Exception(exception) => {
+                self.handle_exception(*exception);
+                Ok(())
+            }
+            Exit::Rdpmc => {
+                self.events.raise(Exception::GP0);
+                Ok(())
+            }
+            Exit::Monitor | Exit::Mwait | Exit::UndefinedInstruction => {
+                self.events.raise(Exception::UD);
+                Ok(())
+            }
+            _ => return Handled::Slow,
+        };
+        match done {
+            Ok(()) => Handled::Resume,
+            Err(NotNow) => Handled::Slow,
+        }
+    }
+
+    fn handle_exception(&mut self, exception: Exception) {
+        if exception.vector == vector::DB && self.stepping {
+            // Our own step over an IRET. The guest's flags came from its stack.
+            self.stepping = false;
+            self.hw.set_dr6(self.hw.dr6() & !dr::DR6_BS);
+            self.nmi_return = None;
+            self.events.nmi_masked = false;
+            if self.regs.rflags & rflags::TF == 0 {
+                return;
+            }
+        }
+        self.events.raise(exception);
+    }
+
+    pub(crate) fn handle_cpuid(&mut self, vm: &Vm<V>, xcr0: u64, may_sleep: bool) -> Result<(), NotNow> {
+        self.skip(vm, Intercepted::Cpuid, may_sleep)?;
+        let dynamic = Dynamic {
+            cr4: self.hw.cr4(),
+            apic_enabled: self.apic_base() & 1 << 11 != 0,
+            xcr0,
+            xss: 0,
+        };
+        let [eax, ebx, ecx, edx] =
+            self.cpuid.query(self.gpr(Gpr::Rax) as u32, self.gpr(Gpr::Rcx) as u32, &dynamic).map(u64::from);
+        self.set_gpr(Gpr::Rax, eax);
+        self.set_gpr(Gpr::Rbx, ebx);
+        self.set_gpr(Gpr::Rcx, ecx);
+        self.set_gpr(Gpr::Rdx, edx);
+        Ok(())
+    }
+
+    /// KVM's hypercalls: none is offered in CPUID, so each is answered with "no such call".
+    pub(crate) fn handle_hypercall(&mut self, vm: &Vm<V>, may_sleep: bool) -> Result<(), NotNow> {
+        /// `KVM_ENOSYS` and `EPERM` of `linux/kvm_para.h`.
+        const ENOSYS: i64 = -1000;
+        const EPERM: i64 = -1;
+        self.skip(vm, Intercepted::Hypercall, may_sleep)?;
+        let result = if self.hw.cpl() == 0 { ENOSYS } else { EPERM } as u64;
+        let long = self.mode() == Mode::Long64;
+        self.set_gpr(Gpr::Rax, if long { result } else { result & 0xFFFF_FFFF });
+        Ok(())
+    }
+
+    fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
+        match vm.memory.fault(fault, false) {
+            Ok(Fault::Mapped) => Handled::Resume,
+            _ => Handled::Slow,
+        }
+    }
+
+    #[inline]
+    fn port_fast(&mut self, vm: &Vm<V>, access: &PortAccess) -> Handled {
+        if access.string {
+            return Handled::Slow;
+        }
+        let done = if access.input {
+            vm.irq.port_in(access.port, access.size_bytes).map(|value| self.set_accumulator(value, access.size_bytes))
+        } else {
+            let value = self.gpr(Gpr::Rax) as u32 & (u32::MAX >> (32 - 8 * u32::from(access.size_bytes & 7).max(1)));
+            vm.irq.port_out(access.port, access.size_bytes, value).then_some(())
+        };
+        // The length is known before the device is asked on every CPU: it is in the exit information.
+        match done.map(|()| self.skip(vm, Intercepted::Port, false)) {
+            Some(Ok(())) => Handled::Resume,
+            _ => Handled::Slow,
+        }
+    }
+
+    /// Writes CR0, CR3, CR4 or CR8 as a MOV does. `Err` is the exception.
+    pub(crate) fn write_cr(&mut self, register: u8, value: u64) -> Result<(), Exception> {
+        match register {
+            0 => self.write_cr0(value),
+            3 => {
+                let pcide = self.hw.cr4() & cr4::PCIDE != 0;
+                let long = self.hw.efer() & efer::LMA != 0;
+                let value = if pcide { value & !(1 << 63) } else { value };
+                if long && value & self.caps.reserved_physical() != 0 {
+                    return Err(Exception::GP0);
+                }
+                self.hw.set_cr3(value);
+                Ok(())
+            }
+            4 => self.write_cr4(value),
+            8 if value > 0xF => Err(Exception::GP0),
+            8 => {
+                if let Some(lapic) = &mut self.lapic {
+                    lapic.set_cr8(value as u8);
+                }
+                self.cr8 = value as u8;
+                self.hw.set_tpr(self.cr8);
+                Ok(())
+            }
+            _ => Err(Exception::UD),
+        }
+    }
+
+    fn write_cr0(&mut self, value: u64) -> Result<(), Exception> {
+        let old = self.hw.cr0();
+        let mut efer_value = self.hw.efer();
+        if value >> 32 != 0 || !check::cr0_valid(value & cr0::DEFINED) {
+            return Err(Exception::GP0);
+        }
+        // Undefined bits in the low half are ignored.
+        let value = value & cr0::DEFINED | cr0::ET;
+        let code = self.hw.segment(SegmentName::Cs as usize).attributes;
+        if (old ^ value) & cr0::PG != 0 && efer_value & efer::LME != 0 {
+            if value & cr0::PG != 0 {
+                if self.hw.cr4() & cr4::PAE == 0 || code.long() {
+                    return Err(Exception::GP0);
+                }
+                efer_value |= efer::LMA;
+            } else {
+                if code.long() {
+                    return Err(Exception::GP0);
+                }
+                efer_value &= !efer::LMA;
+            }
+        }
+        if value & cr0::PG == 0 && self.hw.cr4() & cr4::PCIDE != 0 {
+            return Err(Exception::GP0);
+        }
+        if efer_value != self.hw.efer() {
+            self.hw.set_msr(crate::vendor::HardwareMsr::Efer, efer_value);
+        }
+        self.hw.set_cr0(value);
+        Ok(())
+    }
+
+    fn write_cr4(&mut self, value: u64) -> Result<(), Exception> {
+        let old = self.hw.cr4();
+        let long = self.hw.efer() & efer::LMA != 0;
+        let bad = value & !self.caps.cr4 != 0
+            || long && (value & cr4::PAE == 0 || (value ^ old) & cr4::LA57 != 0)
+            || value & !old & cr4::PCIDE != 0 && (!long || self.hw.cr3() & 0xFFF != 0);
+        if bad {
+            return Err(Exception::GP0);
+        }
+        self.hw.set_cr4(value);
+        Ok(())
+    }
+}
+
+impl<V: Vendor> Vcpu<V> {
+    /// Handles an exit in process context. `Some`: userspace is needed.
+    pub(crate) fn handle_slow(&self, core: &mut Core<V>, exit: &Exit) -> Result<Option<ToUser>> {
+        let vm = &*self.vm;
+        let state = &mut core.state;
+        let skipped = match exit {
+            Exit::NestedFault(fault) => match vm.memory.fault(fault, true)? {
+                Fault::Mapped | Fault::Sleep => return Ok(None),
+                Fault::Mmio => return self.emulate(core, Some(fault)),
+            },
+            Exit::Port(access) if !access.string => return Ok(self.port_to_user(core, access)),
+            Exit::Port(_) | Exit::ControlRegister(_) | Exit::DebugRegister(_) => return self.emulate(core, None),
+            Exit::Cpuid => {
+                let xcr0 = core.fpu.xcr0();
+                state.handle_cpuid(vm, xcr0, true)
+            }
+            Exit::Hlt => {
+                let skipped = state.skip(vm, Intercepted::Hlt, true);
+                state.mp_state = MpState::Halted;
+                skipped
+            }
+            Exit::Rdmsr => core.handle_rdmsr_slow(vm),
+            Exit::Wrmsr => core.handle_wrmsr_slow(vm),
+            Exit::Hypercall => state.handle_hypercall(vm, true),
+            Exit::Invd => state.skip(vm, Intercepted::Invd, true),
+            Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),
+            Exit::Pause => state.skip(vm, Intercepted::Pause, true),
+            Exit::Xsetbv => self.handle_xsetbv(core),
+            Exit::Shutdown => return Ok(Some(ToUser::Shutdown)),
+            Exit::EntryFailure { reason } => return Ok(Some(ToUser::FailEntry { reason: *reason })),
+            Exit::Unknown { reason } => return Ok(Some(ToUser::UnexpectedExit { reason: *reason })),
+            _ => Ok(()),
+        };
+        match skipped {
+            Ok(()) => Ok(None),
+            // The bytes at RIP cannot be read, or are not that instruction any more: the guest changed them under us. It runs
+            // into whatever is there now.
+            Err(NotNow) if !matches!(exit, Exit::Hlt) => Ok(None),
+            Err(NotNow) => {
+                core.state.mp_state = MpState::Runnable;
+                Ok(None)
+            }
+        }
+    }
+
+    /// IN or OUT that no device in the kernel took.
+    fn port_to_user(&self, core: &mut Core<V>, access: &PortAccess) -> Option<ToUser> {
+        let state = &mut core.state;
+        let value = state.gpr(Gpr::Rax) as u32;
+        if state.skip(&self.vm, Intercepted::Port, true).is_err() {
+            return None;
+        }
+        if access.input {
+            core.pending = Pending::PortIn { size_bytes: access.size_bytes };
+        } else {
+            self.data.store(0, value);
+        }
+        Some(ToUser::Port { input: access.input, size_bytes: access.size_bytes, port: access.port, count: 1 })
+    }
+
+    fn handle_xsetbv(&self, core: &mut Core<V>) -> Result<(), NotNow> {
+        let state = &mut core.state;
+        let value = state.gpr(Gpr::Rdx) << 32 | state.gpr(Gpr::Rax) & 0xFFFF_FFFF;
+        let index = state.gpr(Gpr::Rcx) as u32;
+        if state.hw.cpl() != 0 || index != 0 || !state.caps.xcr0_valid(value) || core.fpu.set_xcr0(value).is_err() {
+            state.events.raise(Exception::GP0);
+            return Ok(());
+        }
+        state.skip(&self.vm, Intercepted::Xsetbv, true)
+    }
+}

@@ -1,0 +1,728 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Interrupt controllers of a VM outside its vCPUs: 8259A, I/O APIC, 8254, the routing table, irqfds and ioeventfds.
+//!
+//! The models are pure; here is their lock, the host timer, and what carries their work out. Messages go to the vCPUs' inboxes under the
+//! lock; eventfds are signalled after it, because an eventfd may lead back here.
+#![forbid(unsafe_code)]
+
+use kernel::{
+    prelude::*,
+    sync::{Arc, SetOnce},
+};
+
+use crate::{
+    abi::irq::{
+        KvmIoeventfd, KvmIrqRouting, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KVM_IOEVENTFD_FLAG_DATAMATCH,
+        KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IOEVENTFD_FLAG_PIO, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
+    },
+    arch::{Gpa, Hva},
+    glue::{
+        eventfd::{EventFd, Irqfd, IrqfdTarget},
+        lock::IrqSpinLock,
+        srcu::SrcuCell,
+        timer::{self, Timer, TimerTarget},
+        user,
+    },
+    irqchip::{
+        dest::Origin,
+        ioapic::{Ioapic, IoapicState, WINDOW_BYTES},
+        pic::{Pic, PicState, PicWork},
+        pit::{Pit, PitState},
+        routing::{self, Msi, RawRoute, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
+        Eoi, LineSource, LineStatus, Message,
+    },
+    new_irq_spinlock,
+    vcpu::Peers,
+};
+
+const DEVICE: Origin = Origin::Device { ff_is_everybody: true };
+const RULES: RouteRules = RouteRules { split_irqchip: false, wide_ids: false };
+/// The PIT's interrupt.
+const PIT_GSI: u32 = 0;
+
+/// The models that are in the kernel.
+#[derive(Default)]
+struct Chips {
+    irqchip: Option<KBox<Irqchip>>,
+    pit: Option<KBox<Pit>>,
+}
+
+#[derive(Default)]
+struct Irqchip {
+    pic: Pic,
+    ioapic: Ioapic,
+}
+
+/// The routing table.
+struct Routes {
+    routes: KVVec<Route>,
+    starts: KVVec<u16>,
+}
+
+/// A resample eventfd: told when the interrupt of its GSI is acknowledged.
+#[derive(Clone)]
+struct Resampler {
+    gsi: u32,
+    /// The irqfd that it belongs to.
+    trigger: Arc<EventFd>,
+    eventfd: Arc<EventFd>,
+}
+
+/// An eventfd in the place of a device register.
+#[derive(Clone)]
+struct Ioevent {
+    pio: bool,
+    address: u64,
+    /// 0: any.
+    len: u32,
+    data_match: Option<u64>,
+    eventfd: Arc<EventFd>,
+}
+
+/// What timers, irqfds and the VM share.
+#[pin_data]
+pub(crate) struct Controllers {
+    peers: Arc<Peers>,
+    #[pin]
+    chips: IrqSpinLock<Chips>,
+    routes: SrcuCell<Routes>,
+    resamplers: SrcuCell<KVVec<Resampler>>,
+}
+
+/// Work that waits until the lock is free.
+#[derive(Default)]
+struct Later {
+    /// I/O APIC pins and 8259A pins that were acknowledged, as bits.
+    ioapic_acknowledged: u32,
+    pic_acknowledged: u16,
+    /// The PIT's deadline changed.
+    pit_changed: bool,
+    pit_again: bool,
+}
+
+impl Controllers {
+    fn new(peers: Arc<Peers>) -> Result<Arc<Self>> {
+        let routes = SrcuCell::new(Routes { routes: KVVec::new(), starts: KVVec::new() })?;
+        let resamplers = SrcuCell::new(KVVec::new())?;
+        Ok(Arc::pin_init(
+            pin_init!(Self {
+                peers,
+                chips <- new_irq_spinlock!(Chips::default(), "krab::chips"),
+                routes,
+                resamplers,
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?)
+    }
+
+    /// The 8259A's output rose: tell the CPUs that take it.
+    fn notify_pic(&self) {
+        for (index, peer) in self.peers.iter().enumerate() {
+            if self.peers.card(index).is_some_and(|cell| cell.card().takes_pic()) {
+                peer.inbox.post_pic();
+                peer.kick.kick();
+            }
+        }
+    }
+
+    fn deliver(&self, message: &Message) -> Option<usize> {
+        self.peers.deliver(message, DEVICE)
+    }
+
+    /// Drives a GSI. The sum over its routes as KVM_IRQ_LINE_STATUS has it: negative when nothing was delivered, 0 when
+    /// coalesced.
+    pub(crate) fn set_gsi(&self, gsi: u32, source: LineSource, level: bool) -> i32 {
+        let mut result = -1;
+        let routes = self.routes.read();
+        for route in routing::lookup(&routes.routes, &routes.starts, gsi) {
+            let status = match route.target {
+                Target::Msi(_) if !level => continue,
+                Target::Msi(msi) => match self.deliver(&msi.message(RULES.wide_ids)) {
+                    None => LineStatus::Ignored.kvm(),
+                    Some(count) => count as i32,
+                },
+                Target::Pic(pin) => self.set_pic(pin, source, level),
+                Target::Ioapic(pin) => self.set_ioapic(pin, source, level),
+            };
+            if status >= 0 {
+                result = result.max(0).saturating_add(status);
+            }
+        }
+        result
+    }
+
+    fn set_pic(&self, pin: u8, source: LineSource, level: bool) -> i32 {
+        let mut chips = self.chips.lock();
+        let Some(irqchip) = &mut chips.irqchip else { return LineStatus::Ignored.kvm() };
+        let (status, rose) = irqchip.pic.set_line(pin, source, level);
+        drop(chips);
+        if rose {
+            self.notify_pic();
+        }
+        status.kvm()
+    }
+
+    fn set_ioapic(&self, pin: u8, source: LineSource, level: bool) -> i32 {
+        let mut chips = self.chips.lock();
+        let Some(irqchip) = &mut chips.irqchip else { return LineStatus::Ignored.kvm() };
+        let work = irqchip.ioapic.set_line(pin, source, level);
+        match work.message {
+            None => work.status.kvm(),
+            Some(message) => self.send_pin(&mut irqchip.ioapic, pin, &message),
+        }
+    }
+
+    /// Delivers what a pin of the I/O APIC sent.
+    fn send_pin(&self, ioapic: &mut Ioapic, pin: u8, message: &Message) -> i32 {
+        match self.deliver(message) {
+            None => {
+                ioapic.not_accepted(pin);
+                LineStatus::Ignored.kvm()
+            }
+            Some(count) => count as i32,
+        }
+    }
+
+    /// A local APIC ended an interrupt.
+    pub(crate) fn eoi(&self, eoi: Eoi) {
+        let mut later = Later::default();
+        {
+            let mut chips = self.chips.lock();
+            let Some(irqchip) = &mut chips.irqchip else { return };
+            let work = irqchip.ioapic.eoi(eoi);
+            // A storm of one level-triggered line only slows its own guest down: every delivery is an exit of its own.
+            let again = work.again | if work.paused { irqchip.ioapic.resume() } else { 0 };
+            for pin in (0..32u8).filter(|pin| again & 1 << pin != 0) {
+                if let Some(message) = irqchip.ioapic.service(pin) {
+                    self.send_pin(&mut irqchip.ioapic, pin, &message);
+                }
+            }
+            later.ioapic_acknowledged = work.acknowledged;
+            if work.acknowledged & 1 << PIT_GSI != 0 {
+                later.pit_again = chips.pit.as_mut().is_some_and(|pit| pit.irq_acknowledged());
+            }
+        }
+        self.finish(&later);
+    }
+
+    /// What had to wait for the lock.
+    fn finish(&self, later: &Later) {
+        if later.ioapic_acknowledged != 0 || later.pic_acknowledged != 0 {
+            let resamplers = self.resamplers.read();
+            if !resamplers.is_empty() {
+                let routes = self.routes.read();
+                for resampler in resamplers.iter() {
+                    let here = |route: &Route| match route.target {
+                        Target::Ioapic(pin) => later.ioapic_acknowledged & 1 << (pin & 31) != 0,
+                        Target::Pic(pin) => later.pic_acknowledged & 1 << (pin & 15) != 0,
+                        Target::Msi(_) => false,
+                    };
+                    if routing::lookup(&routes.routes, &routes.starts, resampler.gsi).iter().any(here) {
+                        self.set_gsi(resampler.gsi, LineSource::Resampler, false);
+                        resampler.eventfd.signal();
+                    }
+                }
+            }
+        }
+        if later.pit_again {
+            self.pulse_pit();
+        }
+    }
+
+    fn pulse_pit(&self) {
+        self.set_gsi(PIT_GSI, LineSource::Pit, true);
+        self.set_gsi(PIT_GSI, LineSource::Pit, false);
+    }
+
+    /// The 8259A's output, and the vector that a CPU takes from it.
+    pub(crate) fn pic_output(&self) -> bool {
+        self.chips.lock().irqchip.as_ref().is_some_and(|irqchip| irqchip.pic.output())
+    }
+
+    pub(crate) fn acknowledge_pic(&self) -> Option<u8> {
+        let mut chips = self.chips.lock();
+        let irqchip = chips.irqchip.as_mut()?;
+        if !irqchip.pic.output() {
+            return None;
+        }
+        let (vector, work) = irqchip.pic.acknowledge();
+        let later = pic_work(&mut chips, work);
+        drop(chips);
+        if work.raised {
+            self.notify_pic();
+        }
+        self.finish(&later);
+        Some(vector)
+    }
+}
+
+/// Tells the PIT what happened at the 8259A.
+fn pic_work(chips: &mut Chips, work: PicWork) -> Later {
+    let mut later = Later { pic_acknowledged: work.acknowledged, ..Later::default() };
+    if let Some(pit) = &mut chips.pit {
+        if work.acknowledged & 1 << PIT_GSI != 0 {
+            later.pit_again = pit.irq_acknowledged();
+        }
+        let unmasked = chips.irqchip.as_ref().is_some_and(|irqchip| irqchip.pic.masks() & 1 << PIT_GSI == 0);
+        if work.mask_changed & 1 << PIT_GSI != 0 && unmasked {
+            pit.irq_unmasked();
+        }
+    }
+    later
+}
+
+/// The PIT's host timer.
+struct PitTimer(Arc<Controllers>);
+
+impl TimerTarget for PitTimer {
+    fn expired(&self) -> Option<u64> {
+        let mut chips = self.0.chips.lock();
+        let pit = chips.pit.as_mut()?;
+        let due = pit.expire(timer::now_ns());
+        let next = pit.deadline_ns();
+        drop(chips);
+        if due {
+            self.0.pulse_pit();
+        }
+        next
+    }
+}
+
+/// An irqfd's GSI.
+struct IrqfdLine {
+    controllers: Arc<Controllers>,
+    gsi: u32,
+    resample: bool,
+}
+
+impl IrqfdTarget for IrqfdLine {
+    fn signaled(&self) {
+        if self.resample {
+            // Stays high until it is acknowledged.
+            self.controllers.set_gsi(self.gsi, LineSource::Resampler, true);
+        } else {
+            self.controllers.set_gsi(self.gsi, LineSource::User, true);
+            self.controllers.set_gsi(self.gsi, LineSource::User, false);
+        }
+    }
+}
+
+/// All of it, as the VM has it.
+#[pin_data]
+pub(crate) struct Irq {
+    controllers: Arc<Controllers>,
+    ioevents: SrcuCell<KVVec<Ioevent>>,
+    pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
+    #[pin]
+    irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
+    /// KVM_CREATE_IRQCHIP happened.
+    created: core::sync::atomic::AtomicBool,
+    /// KVM_PIT_SPEAKER_DUMMY: port 61h is here too.
+    speaker: core::sync::atomic::AtomicBool,
+}
+
+use core::sync::atomic::Ordering::{Acquire, Release};
+
+impl Irq {
+    pub(crate) fn new(peers: Arc<Peers>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            controllers: Controllers::new(peers)?,
+            ioevents: SrcuCell::new(KVVec::new())?,
+            pit_timer: SetOnce::new(),
+            irqfds <- kernel::new_mutex!(KVec::new()),
+            created: false.into(),
+            speaker: false.into(),
+        }? Error)
+    }
+
+    /// Whether the interrupt controllers are in the kernel.
+    pub(crate) fn exists(&self) -> bool {
+        self.created.load(Acquire)
+    }
+
+    fn need(&self, error: Error) -> Result {
+        self.exists().then_some(()).ok_or(error)
+    }
+
+    pub(crate) fn eoi(&self, eoi: Eoi) {
+        self.controllers.eoi(eoi);
+    }
+
+    pub(crate) fn pic_output(&self) -> bool {
+        self.controllers.pic_output()
+    }
+
+    pub(crate) fn acknowledge_pic(&self) -> Option<u8> {
+        self.controllers.acknowledge_pic()
+    }
+
+    /// IN from a device in the kernel. `None`: userspace has the port.
+    #[inline]
+    pub(crate) fn port_in(&self, port: u16, size_bytes: u8) -> Option<u32> {
+        match port {
+            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.exists() => {}
+            _ => return None,
+        }
+        let now = timer::now_ns();
+        let mut chips = self.controllers.chips.lock();
+        match (port, &mut *chips) {
+            (0x40..=0x43, Chips { pit: Some(pit), .. }) => Some(pit.read(port, now).into()),
+            (0x61, Chips { pit: Some(pit), .. }) if self.speaker.load(Acquire) => Some(pit.read_speaker(now).into()),
+            (0x40..=0x43 | 0x61, _) => None,
+            (_, Chips { irqchip: Some(irqchip), .. }) => {
+                let (value, work) = irqchip.pic.read(port, size_bytes);
+                let later = pic_work(&mut chips, work);
+                drop(chips);
+                self.finish_pic(work, &later);
+                Some(value)
+            }
+            _ => None,
+        }
+    }
+
+    /// OUT to a device in the kernel. `false`: userspace has the port.
+    #[inline]
+    pub(crate) fn port_out(&self, port: u16, size_bytes: u8, value: u32) -> bool {
+        match port {
+            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.exists() => {}
+            _ => return self.ioevent(true, port.into(), size_bytes.into(), value.into()),
+        }
+        let now = timer::now_ns();
+        let mut chips = self.controllers.chips.lock();
+        match (port, &mut *chips) {
+            (0x40..=0x43, Chips { pit: Some(pit), .. }) => {
+                let changed = pit.write(port, value as u8, now);
+                let deadline = pit.deadline_ns();
+                drop(chips);
+                if changed {
+                    self.arm_pit(deadline);
+                }
+                true
+            }
+            (0x61, Chips { pit: Some(pit), .. }) if self.speaker.load(Acquire) => {
+                pit.write_speaker(value as u8, now);
+                true
+            }
+            (0x40..=0x43 | 0x61, _) => false,
+            (_, Chips { irqchip: Some(irqchip), .. }) => {
+                let work = irqchip.pic.write(port, size_bytes, value);
+                let later = pic_work(&mut chips, work);
+                drop(chips);
+                self.finish_pic(work, &later);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn finish_pic(&self, work: PicWork, later: &Later) {
+        if work.raised {
+            self.controllers.notify_pic();
+        }
+        self.controllers.finish(later);
+    }
+
+    fn arm_pit(&self, deadline: Option<u64>) {
+        if let (Some(deadline), Some(timer)) = (deadline, self.pit_timer.as_ref()) {
+            timer.arm(deadline);
+        }
+    }
+
+    /// A read from the I/O APIC. `None`: userspace has the address.
+    pub(crate) fn mmio_read(&self, gpa: Gpa, len: u8) -> Option<u64> {
+        let chips = self.controllers.chips.lock();
+        let ioapic = &chips.irqchip.as_ref()?.ioapic;
+        let offset = gpa.0.wrapping_sub(ioapic.base().0);
+        (offset < u64::from(WINDOW_BYTES)).then(|| ioapic.read(offset as u32, len))
+    }
+
+    /// A write to the I/O APIC or an ioeventfd. `false`: userspace has the address.
+    pub(crate) fn mmio_write(&self, gpa: Gpa, len: u8, value: u64) -> bool {
+        if self.ioevent(false, gpa.0, len.into(), value) {
+            return true;
+        }
+        let mut resample = None;
+        {
+            let mut chips = self.controllers.chips.lock();
+            let Some(irqchip) = &mut chips.irqchip else { return false };
+            let offset = gpa.0.wrapping_sub(irqchip.ioapic.base().0);
+            if offset >= u64::from(WINDOW_BYTES) {
+                return false;
+            }
+            let work = irqchip.ioapic.write(offset as u32, len, value);
+            if let Some((pin, message)) = work.message {
+                self.controllers.send_pin(&mut irqchip.ioapic, pin, &message);
+            }
+            if let (Some((0, false)), Some(pit)) = (work.mask_changed, &mut chips.pit) {
+                pit.irq_unmasked();
+            }
+            if let Some(pin) = work.resample {
+                resample = Some(1 << (pin & 31));
+            }
+        }
+        if let Some(pins) = resample {
+            self.controllers.finish(&Later { ioapic_acknowledged: pins, ..Later::default() });
+        }
+        true
+    }
+
+    /// Signals the ioeventfds for a write. Whether there was one.
+    #[inline]
+    fn ioevent(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
+        let ioevents = self.ioevents.read();
+        let hit = ioevents.iter().find(|event| {
+            event.pio == pio
+                && event.address == address
+                && (event.len == 0 || event.len == len)
+                && event.data_match.is_none_or(|wanted| wanted == value)
+        });
+        hit.map(|event| event.eventfd.signal()).is_some()
+    }
+
+    /// KVM_CREATE_IRQCHIP. The caller has seen that there is no vCPU yet.
+    pub(crate) fn create(&self) -> Result {
+        if self.exists() {
+            return Err(EEXIST);
+        }
+        let mut routes = KVVec::new();
+        routes.extend_from_slice(&DEFAULT_ROUTES, GFP_KERNEL_ACCOUNT)?;
+        self.set_routes(routes)?;
+        let irqchip = KBox::new(Irqchip::default(), GFP_KERNEL_ACCOUNT)?;
+        self.controllers.chips.lock().irqchip = Some(irqchip);
+        self.created.store(true, Release);
+        Ok(())
+    }
+
+    /// KVM_CREATE_PIT2.
+    pub(crate) fn create_pit(&self, config: &KvmPitConfig) -> Result {
+        const SPEAKER_DUMMY: u32 = 1;
+        if config.flags & !SPEAKER_DUMMY != 0 {
+            return Err(EINVAL);
+        }
+        self.need(ENOENT)?;
+        let pit = KBox::new(Pit::new(), GFP_KERNEL_ACCOUNT)?;
+        let timer = KBox::pin_init(Timer::new(PitTimer(self.controllers.clone())), GFP_KERNEL_ACCOUNT)?;
+        let mut chips = self.controllers.chips.lock();
+        if chips.pit.is_some() {
+            drop(chips);
+            return Err(EEXIST);
+        }
+        chips.pit = Some(pit);
+        drop(chips);
+        self.speaker.store(config.flags & SPEAKER_DUMMY != 0, Release);
+        self.pit_timer.populate(timer);
+        Ok(())
+    }
+
+    /// KVM_GET_PIT2.
+    pub(crate) fn pit(&self) -> Result<PitState> {
+        self.controllers.chips.lock().pit.as_ref().map(|pit| pit.save()).ok_or(ENXIO)
+    }
+
+    /// KVM_SET_PIT2.
+    pub(crate) fn set_pit(&self, state: &PitState) -> Result {
+        let mut chips = self.controllers.chips.lock();
+        let pit = chips.pit.as_mut().ok_or(ENXIO)?;
+        pit.restore(state, timer::now_ns());
+        let deadline = pit.deadline_ns();
+        drop(chips);
+        self.arm_pit(deadline);
+        Ok(())
+    }
+
+    /// KVM_GET_IRQCHIP: fills `chip` for its `chip_id`.
+    pub(crate) fn get_irqchip(&self, irqchip: &mut KvmIrqchip) -> Result {
+        let chips = self.controllers.chips.lock();
+        let models = chips.irqchip.as_ref().ok_or(ENXIO)?;
+        match irqchip.chip_id {
+            id @ 0..=1 => models.pic.save(id as usize).write_to_prefix(&mut irqchip.chip).map_err(|_| EINVAL),
+            2 => models.ioapic.save().write_to_prefix(&mut irqchip.chip).map_err(|_| EINVAL),
+            _ => Err(EINVAL),
+        }
+    }
+
+    /// KVM_SET_IRQCHIP.
+    pub(crate) fn set_irqchip(&self, irqchip: &KvmIrqchip) -> Result {
+        let mut chips = self.controllers.chips.lock();
+        let models = chips.irqchip.as_mut().ok_or(ENXIO)?;
+        match irqchip.chip_id {
+            id @ 0..=1 => {
+                let (state, _) = PicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
+                let rose = models.pic.restore(id as usize, &state);
+                drop(chips);
+                if rose {
+                    self.controllers.notify_pic();
+                }
+            }
+            2 => {
+                let (state, _) = IoapicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
+                let pins = models.ioapic.restore(&state);
+                for pin in (0..32u8).filter(|pin| pins & 1 << pin != 0) {
+                    if let Some(message) = models.ioapic.service(pin) {
+                        self.controllers.send_pin(&mut models.ioapic, pin, &message);
+                    }
+                }
+            }
+            _ => return Err(EINVAL),
+        }
+        Ok(())
+    }
+
+    /// KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS: how it was delivered.
+    pub(crate) fn irq_line(&self, gsi: u32, level: bool) -> Result<i32> {
+        self.need(ENXIO)?;
+        Ok(self.controllers.set_gsi(gsi, LineSource::User, level))
+    }
+
+    /// KVM_SIGNAL_MSI: how many vCPUs took it, negative for none.
+    pub(crate) fn signal_msi(&self, msi: &KvmMsi) -> Result<isize> {
+        self.need(EINVAL)?;
+        if msi.flags != 0 {
+            return Err(EINVAL);
+        }
+        let msi = Msi { address_lo: msi.address_lo, address_hi: msi.address_hi, data: msi.data };
+        msi.check(RULES.wide_ids).map_err(|_| EINVAL)?;
+        match self.controllers.deliver(&msi.message(RULES.wide_ids)) {
+            None => Err(EPERM),
+            Some(count) => Ok(count as isize),
+        }
+    }
+
+    /// KVM_SET_GSI_ROUTING, its argument at `at`.
+    pub(crate) fn set_gsi_routing(&self, at: Hva) -> Result {
+        let head: KvmIrqRouting = user::read(at)?;
+        self.need(EINVAL)?;
+        if head.nr as usize > MAX_ROUTES || head.flags != 0 {
+            return Err(EINVAL);
+        }
+        let at = at.wrapping_add(size_of::<KvmIrqRouting>() as u64);
+        let raw: KVVec<RawRoute> = user::read_vec(at, head.nr as usize, MAX_ROUTES)?;
+        let mut routes = KVVec::with_capacity(raw.len(), GFP_KERNEL_ACCOUNT)?;
+        for raw in raw.iter() {
+            routes.push(Route::from_raw(raw, RULES).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
+        }
+        self.set_routes(routes)
+    }
+
+    fn set_routes(&self, mut routes: KVVec<Route>) -> Result {
+        let mut starts = KVVec::new();
+        starts.resize(routing::starts_len(&routes), 0u16, GFP_KERNEL_ACCOUNT)?;
+        routing::build(&mut routes, &mut starts).map_err(|_| EINVAL)?;
+        self.controllers.routes.replace(Routes { routes, starts })
+    }
+
+    /// KVM_IRQFD.
+    pub(crate) fn irqfd(&self, request: &KvmIrqfd) -> Result {
+        if request.flags & !(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE) != 0 || request.gsi as usize >= MAX_ROUTES {
+            return Err(EINVAL);
+        }
+        let fd = request.fd as i32;
+        let resample = request.flags & KVM_IRQFD_FLAG_RESAMPLE != 0;
+        let mut irqfds = self.irqfds.lock();
+        irqfds.retain(|irqfd| !irqfd.is_dead());
+        if request.flags & KVM_IRQFD_FLAG_DEASSIGN != 0 {
+            let eventfd = EventFd::from_fd(fd)?;
+            self.drop_resamplers(|resampler| resampler.gsi == request.gsi && resampler.trigger.is_same(&eventfd))?;
+            irqfds.retain(|irqfd| irqfd.target().gsi != request.gsi || !irqfd.eventfd().is_same(&eventfd));
+            return Ok(());
+        }
+        self.need(EINVAL)?;
+        if resample {
+            let trigger = Arc::new(EventFd::from_fd(fd)?, GFP_KERNEL_ACCOUNT)?;
+            let eventfd = Arc::new(EventFd::from_fd(request.resamplefd as i32)?, GFP_KERNEL_ACCOUNT)?;
+            let mut all = self.copy_resamplers(|_| true)?;
+            all.push(Resampler { gsi: request.gsi, trigger, eventfd }, GFP_KERNEL_ACCOUNT)?;
+            self.controllers.resamplers.replace(all)?;
+            self.tell_resampling();
+        }
+        let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
+        irqfds.push(Irqfd::new(fd, line)?, GFP_KERNEL_ACCOUNT)?;
+        Ok(())
+    }
+
+    fn copy_resamplers(&self, keep: impl Fn(&Resampler) -> bool) -> Result<KVVec<Resampler>> {
+        let old = self.controllers.resamplers.read();
+        let mut all = KVVec::with_capacity(old.len(), GFP_KERNEL_ACCOUNT)?;
+        for resampler in old.iter().filter(|resampler| keep(resampler)) {
+            all.push(resampler.clone(), GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(all)
+    }
+
+    fn drop_resamplers(&self, gone: impl Fn(&Resampler) -> bool) -> Result {
+        if self.controllers.resamplers.read().iter().any(&gone) {
+            let rest = self.copy_resamplers(|resampler| !gone(resampler))?;
+            self.controllers.resamplers.replace(rest)?;
+            self.tell_resampling();
+        }
+        Ok(())
+    }
+
+    /// Tells the I/O APIC which of its pins are resampled.
+    fn tell_resampling(&self) {
+        let mut pins = 0;
+        let resamplers = self.controllers.resamplers.read();
+        let routes = self.controllers.routes.read();
+        for resampler in resamplers.iter() {
+            for route in routing::lookup(&routes.routes, &routes.starts, resampler.gsi) {
+                if let Target::Ioapic(pin) = route.target {
+                    pins |= 1 << (pin & 31);
+                }
+            }
+        }
+        if let Some(irqchip) = &mut self.controllers.chips.lock().irqchip {
+            irqchip.ioapic.set_resampling(pins);
+        }
+    }
+
+    /// KVM_IOEVENTFD. The caller keeps others from changing them at the same time.
+    pub(crate) fn ioeventfd(&self, request: &KvmIoeventfd) -> Result {
+        const KNOWN: u32 = KVM_IOEVENTFD_FLAG_DATAMATCH | KVM_IOEVENTFD_FLAG_PIO | KVM_IOEVENTFD_FLAG_DEASSIGN;
+        let pio = request.flags & KVM_IOEVENTFD_FLAG_PIO != 0;
+        let matches = request.flags & KVM_IOEVENTFD_FLAG_DATAMATCH != 0;
+        let bad = request.flags & !KNOWN != 0
+            || !matches!(request.len, 0 | 1 | 2 | 4 | 8)
+            || request.len == 0 && matches
+            || request.addr.checked_add(request.len.into()).is_none();
+        if bad {
+            return Err(EINVAL);
+        }
+        let new = Ioevent {
+            pio,
+            address: request.addr,
+            len: request.len,
+            data_match: matches.then_some(request.datamatch),
+            eventfd: Arc::new(EventFd::from_fd(request.fd)?, GFP_KERNEL_ACCOUNT)?,
+        };
+        let same_place = |old: &Ioevent| old.pio == new.pio && old.address == new.address && old.len == new.len;
+        let old = self.ioevents.read();
+        let mut all = KVVec::with_capacity(old.len() + 1, GFP_KERNEL_ACCOUNT)?;
+        if request.flags & KVM_IOEVENTFD_FLAG_DEASSIGN != 0 {
+            let is_it = |event: &Ioevent| {
+                same_place(event) && event.data_match == new.data_match && event.eventfd.is_same(&new.eventfd)
+            };
+            if !old.iter().any(is_it) {
+                return Err(ENOENT);
+            }
+            for event in old.iter().filter(|event| !is_it(event)) {
+                all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;
+            }
+        } else {
+            let clash = |event: &Ioevent| {
+                event.pio == new.pio
+                    && event.address == new.address
+                    && (event.len == 0 || new.len == 0 || event.len == new.len)
+                    && (event.data_match.is_none() || !matches || event.data_match == new.data_match)
+            };
+            if old.iter().any(clash) {
+                return Err(EEXIST);
+            }
+            for event in old.iter() {
+                all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;
+            }
+            all.push(new, GFP_KERNEL_ACCOUNT)?;
+        }
+        drop(old);
+        self.ioevents.replace(all)
+    }
+}

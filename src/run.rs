@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-2.0
+//! KVM_RUN: the loop that enters the guest and looks after what made it stop.
+//!
+//! Two rings. The inner one runs with interrupts off and the guest's extended state loaded, and handles every exit that needs no
+//! sleep: that is where nearly all of them end. What needs more leaves the window, is handled in ordinary process
+//! context, and comes back.
+#![forbid(unsafe_code)]
+
+use kernel::prelude::*;
+
+use crate::{
+    abi::run::{self, KVM_EXIT_INTR},
+    arch::cr::rflags,
+    exits::{Handled, ToUser},
+    glue::{cpu::IrqsOff, signal, task},
+    guest::{queue::Readiness, Event, Exit},
+    vcpu::{request, Core, MpState, Pending, State, Vcpu},
+    vendor::{Vendor, VendorVcpu},
+};
+
+/// Why the inner ring ended.
+enum Slow {
+    /// Requests, signals, a reschedule, or the vCPU does not run any more.
+    Work,
+    /// An exit that needs process context.
+    Exit(Exit),
+    /// Userspace waits for the guest to take interrupts, and it does.
+    InterruptWindow,
+}
+
+impl<V: Vendor> Vcpu<V> {
+    /// KVM_RUN. Returns 0 when userspace has something to do, `EINTR` when a signal or `immediate_exit` ended it.
+    pub(crate) fn run(&self) -> Result<isize> {
+        let mut core = self.core.lock();
+        let core = &mut *core;
+        core.ran = true;
+        let _mask = core.signal_mask.map(signal::Masked::new);
+        self.take_user_state(core)?;
+        let result = self.run_until_user(core);
+        match &result {
+            Ok(reason) => reason.report(&self.run),
+            Err(error) if *error == EINTR => self.run.store(run::EXIT_REASON, KVM_EXIT_INTR),
+            Err(_) => {}
+        }
+        self.give_user_state(core);
+        result.map(|_| 0)
+    }
+
+    /// What userspace sets in `kvm_run` for this call.
+    fn take_user_state(&self, core: &mut Core<V>) -> Result {
+        if core.state.lapic.is_none() {
+            let cr8 = self.run.load::<u64>(run::CR8);
+            if cr8 > 0xF {
+                return Err(EINVAL);
+            }
+            core.state.cr8 = cr8 as u8;
+            core.state.hw.set_tpr(cr8 as u8);
+        }
+        Ok(())
+    }
+
+    /// What userspace finds in `kvm_run` after this call.
+    fn give_user_state(&self, core: &Core<V>) {
+        let state = &core.state;
+        let enabled = state.regs.rflags & rflags::IF != 0;
+        let ready = state.lapic.is_some() || state.takes_user_interrupt();
+        self.run.store(run::IF_FLAG, u8::from(enabled));
+        self.run.store(run::READY_FOR_INTERRUPT_INJECTION, u8::from(ready));
+        self.run.store(run::FLAGS, 0u16);
+        self.run.store(run::CR8, u64::from(state.cr8));
+        self.run.store(run::APIC_BASE, state.apic_base());
+    }
+
+    /// Finishes what userspace did for the guest since the last call.
+    fn resume(&self, core: &mut Core<V>) -> Result<Option<ToUser>> {
+        match core::mem::replace(&mut core.pending, Pending::Nothing) {
+            Pending::Nothing => return Ok(None),
+            Pending::PortIn { size_bytes } => {
+                core.state.set_accumulator(self.data.load::<u32>(0), size_bytes);
+                return Ok(None);
+            }
+            Pending::EmulatedPortIn => core.emulator.complete_port_in(),
+            Pending::MmioRead { len } => {
+                let mut data = [0; 8];
+                self.run.copy_out(run::EXIT_UNION + 8, &mut data);
+                core.emulator.complete_read(data.get(..usize::from(len)).ok_or(EINVAL)?);
+            }
+            Pending::Emulation => {}
+        }
+        self.emulate(core, None)
+    }
+
+    fn run_until_user(&self, core: &mut Core<V>) -> Result<ToUser> {
+        if let Some(reason) = self.resume(core)? {
+            return Ok(reason);
+        }
+        if self.run.load::<u8>(run::IMMEDIATE_EXIT) != 0 {
+            return Err(EINTR);
+        }
+        loop {
+            if task::work_pending() {
+                task::handle_work()?;
+            }
+            self.serve_requests(core);
+            if core.state.events.triple_fault {
+                core.state.events.triple_fault = false;
+                return Ok(ToUser::Shutdown);
+            }
+            if core.state.mp_state != MpState::Runnable {
+                if core.state.lapic.is_none() {
+                    // Userspace has the interrupt controller: it decides when a halted CPU goes on.
+                    core.state.mp_state = MpState::Runnable;
+                    return Ok(ToUser::Halt);
+                }
+                self.block(core)?;
+                continue;
+            }
+            let reason = match self.run_guest(core) {
+                Slow::Work => None,
+                Slow::Exit(exit) => self.handle_slow(core, &exit)?,
+                Slow::InterruptWindow => Some(ToUser::InterruptWindow),
+            };
+            if let Some(reason) = reason {
+                return Ok(reason);
+            }
+        }
+    }
+
+    /// What others asked for and what needs process context.
+    fn serve_requests(&self, core: &mut Core<V>) {
+        core.state.drain_inbox(&self.vm, &self.peer);
+        let requests = self.peer.kick.take(u64::MAX);
+        if requests & request::FLUSH_TLB != 0 {
+            core.state.hw.flush_tlb();
+        }
+        if requests & request::CLOCK != 0 {
+            core.state.update_clock(&self.vm);
+        }
+    }
+
+    /// Sleeps until there is something for a vCPU that does not run.
+    fn block(&self, core: &mut Core<V>) -> Result {
+        let state = &mut core.state;
+        if state.wakes_up() {
+            state.mp_state = MpState::Runnable;
+            return Ok(());
+        }
+        let peer = &self.peer;
+        peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0)
+    }
+
+    /// The inner ring.
+    fn run_guest(&self, core: &mut Core<V>) -> Slow {
+        let Core { state, fpu, .. } = core;
+        let window = fpu.enter();
+        let user_window = state.lapic.is_none() && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
+        let mut first = true;
+        loop {
+            // Interrupts that came while they were off are taken between two rounds of this loop.
+            let irqs = IrqsOff::new();
+            if first {
+                state.hw.begin_window(&irqs);
+                first = false;
+            }
+            if task::softirq_pending() {
+                return Slow::Work;
+            }
+            loop {
+                if !self.peer.inbox.is_empty() {
+                    state.drain_inbox(&self.vm, &self.peer);
+                    if state.mp_state != MpState::Runnable {
+                        return Slow::Work;
+                    }
+                }
+                let Some(in_guest) = self.peer.kick.enter_guest(&irqs) else {
+                    if self.peer.kick.pending() == request::FLUSH_TLB && !task::work_pending() {
+                        self.peer.kick.take(request::FLUSH_TLB);
+                        state.hw.flush_tlb();
+                        continue;
+                    }
+                    return Slow::Work;
+                };
+                if !self.peer.inbox.is_empty() {
+                    continue;
+                }
+                if user_window && state.takes_user_interrupt() {
+                    return Slow::InterruptWindow;
+                }
+                state.prepare_entry(&self.vm, user_window);
+                if state.events.triple_fault {
+                    return Slow::Work;
+                }
+                let exit = state.hw.run(&mut state.regs, &window, &irqs);
+                drop(in_guest);
+                state.after_exit();
+                match exit {
+                    Exit::HostInterrupt | Exit::HostNmi => break,
+                    exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
+                        Handled::Resume => {}
+                        Handled::Blocked => return Slow::Work,
+                        Handled::Slow => return Slow::Exit(exit),
+                    },
+                }
+            }
+        }
+    }
+}
+
+impl<V: Vendor> State<V> {
+    /// Whether the guest could take an external interrupt now.
+    fn readiness(&self) -> Readiness {
+        Readiness {
+            interrupts_enabled: self.regs.rflags & rflags::IF != 0,
+            shadow: self.hw.interrupt_shadow(),
+        }
+    }
+
+    /// Whether userspace, which has the interrupt controller, may inject an interrupt.
+    pub(crate) fn takes_user_interrupt(&self) -> bool {
+        let ready = self.readiness();
+        self.user_interrupt.is_none() && self.events.is_empty() && ready.interrupts_enabled && !ready.shadow
+    }
+
+    /// Whether an external interrupt waits that the guest's priorities let through.
+    #[inline]
+    fn interrupt_waits(&self) -> bool {
+        match &self.lapic {
+            Some(lapic) => lapic.highest_pending().is_some() || self.pic_signal && lapic.accepts_pic(),
+            None => self.user_interrupt.is_some(),
+        }
+    }
+
+    /// Whether a halted CPU goes on.
+    fn wakes_up(&self) -> bool {
+        let ready = self.mp_state == MpState::Halted;
+        ready
+            && (self.events.nmis > 0 && !self.events.nmi_masked
+                || self.events.exception.is_some()
+                || self.interrupt_waits() && self.regs.rflags & rflags::IF != 0)
+    }
+
+    /// Puts what goes into the guest with this entry where hardware finds it.
+    #[inline]
+    fn prepare_entry(&mut self, vm: &crate::vm::Vm<V>, user_window: bool) {
+        if let Some(lapic) = &self.lapic {
+            if lapic.cr8() != self.cr8 {
+                self.cr8 = lapic.cr8();
+                self.hw.set_tpr(self.cr8);
+            }
+        }
+        let waits = self.interrupt_waits();
+        if !waits && self.events.is_empty() && !self.windows_open && !user_window {
+            return;
+        }
+        self.prepare_events(vm, waits, user_window);
+    }
+
+    #[inline(never)]
+    fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool) {
+        let readiness = self.readiness();
+        let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
+        let entry = events.next(readiness, waits, || match lapic {
+            Some(lapic) if *pic_signal && lapic.accepts_pic() => {
+                *pic_signal = false;
+                vm.irq.acknowledge_pic()
+            }
+            Some(lapic) => {
+                let vector = lapic.highest_pending()?;
+                lapic.acknowledge(vector);
+                Some(vector)
+            }
+            None => user_interrupt.take(),
+        });
+        if let Some(event) = entry.inject {
+            if event == Event::Nmi {
+                // To learn when the handler ends.
+                self.hw.want_nmi_window(true);
+            }
+            self.hw.inject(event);
+        }
+        // Another one may wait behind the one that goes in now.
+        let more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
+        let threshold = self.lapic.as_ref().is_some_and(|lapic| lapic.tpr_threshold().is_some());
+        self.hw.want_interrupt_window(more);
+        self.hw.want_cr8_writes(threshold);
+        self.windows_open = more || threshold;
+    }
+
+    /// What an exit leaves behind, whatever its reason.
+    #[inline]
+    fn after_exit(&mut self) {
+        if let Some(event) = self.hw.take_unfinished_event() {
+            self.events.unfinished = Some(event);
+        }
+        let cr8 = self.hw.tpr();
+        if cr8 != self.cr8 {
+            self.cr8 = cr8;
+            if let Some(lapic) = &mut self.lapic {
+                lapic.set_cr8(cr8);
+            }
+        }
+        if let Some(rip) = self.nmi_return {
+            if self.regs.rip != rip {
+                self.nmi_return = None;
+                self.events.nmi_masked = false;
+            }
+        }
+    }
+}

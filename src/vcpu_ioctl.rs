@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The ioctls of a vCPU other than KVM_RUN: reading and writing its state.
+#![forbid(unsafe_code)]
+
+use kernel::prelude::*;
+
+use crate::{
+    abi::{ioctl::*, vcpu::*, FromZeros, IntoBytes},
+    arch::{
+        cr::dr,
+        Hva,
+    },
+    dev::each_msr,
+    glue::{timer, user},
+    guest::{
+        check::{self, Allowed},
+        event::{vector, Event, Exception},
+        Regs, SystemRegs,
+    },
+    irqchip::lapic::STATE_BYTES,
+    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
+    vcpu::{request, Core, MpState, State, Vcpu},
+    vendor::{Vendor, VendorVcpu},
+};
+
+/// Reads the argument, calls `f` with it, returns 0.
+fn with<T: crate::abi::FromBytes>(at: Hva, f: impl FnOnce(T) -> Result) -> Result<isize> {
+    f(user::read(at)?)?;
+    Ok(0)
+}
+
+/// Writes a result, returns 0.
+fn give<T: IntoBytes + crate::abi::Immutable>(at: Hva, value: &T) -> Result<isize> {
+    user::write(at, value)?;
+    Ok(0)
+}
+
+impl<V: Vendor> Vcpu<V> {
+    pub(crate) fn state_ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        let at = Hva(arg as u64);
+        let mut core = self.core.lock();
+        let core = &mut *core;
+        let vm = &*self.vm;
+        match cmd {
+            KVM_GET_REGS => give(at, &KvmRegs::from(&core.state.regs)),
+            KVM_SET_REGS => with(at, |regs: KvmRegs| {
+                core.state.regs = Regs::from(&regs);
+                core.state.events.exception = None;
+                core.emulator.reset();
+                Ok(())
+            }),
+            KVM_GET_SREGS => give(at, &core.state.sregs()),
+            KVM_SET_SREGS => with(at, |sregs: KvmSregs| core.set_sregs(self, &sregs)),
+            KVM_GET_FPU => give(at, &core.fpu()),
+            KVM_SET_FPU => with(at, |fpu: KvmFpu| core.set_fpu(&fpu)),
+            KVM_GET_XSAVE | KVM_GET_XSAVE2 => {
+                let image = core.fpu.image();
+                let len = if cmd == KVM_GET_XSAVE { 4096 } else { vm.host.xsave_bytes().max(4096) };
+                user::write_bytes(at, image.get(..len).ok_or(EINVAL)?)?;
+                Ok(0)
+            }
+            KVM_SET_XSAVE => {
+                let len = vm.host.xsave_bytes();
+                let mut image = KVVec::new();
+                image.resize(len.max(4096), 0u8, GFP_KERNEL)?;
+                user::read_bytes(at, &mut image)?;
+                core.fpu.set_image(image.get(..len).ok_or(EINVAL)?)?;
+                Ok(0)
+            }
+            KVM_GET_XCRS => {
+                let mut xcrs = KvmXcrs::new_zeroed();
+                xcrs.nr_xcrs = 1;
+                xcrs.xcrs[0].value = core.fpu.xcr0();
+                give(at, &xcrs)
+            }
+            KVM_SET_XCRS => with(at, |xcrs: KvmXcrs| {
+                if xcrs.nr_xcrs > KVM_MAX_XCRS || xcrs.flags != 0 {
+                    return Err(EINVAL);
+                }
+                let given = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|xcr| xcr.xcr == 0);
+                match given {
+                    Some(xcr) if vm.host.caps.xcr0_valid(xcr.value) => core.fpu.set_xcr0(xcr.value),
+                    Some(_) => Err(EINVAL),
+                    None => Ok(()),
+                }
+            }),
+            KVM_GET_MSRS => each_msr(at, |entry| {
+                let read = core.state.read_msr(vm, Some(&core.fpu), entry.index, By::Host);
+                entry.data = read.map_err(|_| EINVAL)?;
+                Ok(())
+            }),
+            KVM_SET_MSRS => each_msr(at, |entry| {
+                let written = core.state.write_msr(vm, Some(&mut core.fpu), entry.index, entry.data, By::Host);
+                written.map_err(|_| EINVAL)
+            }),
+            KVM_SET_CPUID2 => with(at, |head: KvmCpuid2| core.set_cpuid(self, at, &head)),
+            KVM_GET_CPUID2 => {
+                let mut head: KvmCpuid2 = user::read(at)?;
+                let entries = core.state.cpuid.entries();
+                if (head.nent as usize) < entries.len() {
+                    return Err(E2BIG);
+                }
+                head.nent = entries.len() as u32;
+                user::write(at, &head)?;
+                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), entries)?;
+                Ok(0)
+            }
+            KVM_GET_MP_STATE => {
+                core.state.drain_inbox(vm, &self.peer);
+                give(at, &KvmMpState { mp_state: core.state.mp_state.to_kvm() })
+            }
+            KVM_SET_MP_STATE => with(at, |state: KvmMpState| {
+                core.state.mp_state = MpState::from_kvm(state.mp_state, core.state.lapic.is_some())?;
+                if state.mp_state == KVM_MP_STATE_SIPI_RECEIVED {
+                    self.peer.inbox.post_sipi(core.sipi_vector);
+                }
+                Ok(())
+            }),
+            KVM_GET_LAPIC => {
+                core.state.drain_inbox(vm, &self.peer);
+                let lapic = core.state.lapic.as_ref().ok_or(EINVAL)?;
+                user::write_bytes(at, &lapic.save(timer::now_ns(), false))?;
+                Ok(0)
+            }
+            KVM_SET_LAPIC => {
+                let mut state = [0; STATE_BYTES];
+                user::read_bytes(at, &mut state)?;
+                core.state.drain_inbox(vm, &self.peer);
+                let lapic = core.state.lapic.as_mut().ok_or(EINVAL)?;
+                let work = lapic.restore(&state, timer::now_ns(), false).map_err(|_| EINVAL)?;
+                core.state.lapic_work(vm, work);
+                core.state.arm_timer();
+                Ok(0)
+            }
+            KVM_INTERRUPT => with(at, |interrupt: KvmInterrupt| {
+                let vector = u8::try_from(interrupt.irq).map_err(|_| EINVAL)?;
+                if core.state.lapic.is_some() {
+                    return Err(ENXIO);
+                }
+                if core.state.user_interrupt.is_some() {
+                    return Err(EEXIST);
+                }
+                core.state.user_interrupt = Some(vector);
+                Ok(())
+            }),
+            KVM_NMI => {
+                core.state.events.raise_nmi();
+                Ok(0)
+            }
+            KVM_GET_VCPU_EVENTS => {
+                core.state.drain_inbox(vm, &self.peer);
+                give(at, &core.state.vcpu_events())
+            }
+            KVM_SET_VCPU_EVENTS => with(at, |events: KvmVcpuEvents| core.set_vcpu_events(&events)),
+            KVM_GET_DEBUGREGS => {
+                let mut regs = KvmDebugregs::new_zeroed();
+                regs.db = core.fpu.breakpoints;
+                regs.dr6 = core.state.hw.dr6();
+                regs.dr7 = core.state.hw.dr7();
+                give(at, &regs)
+            }
+            KVM_SET_DEBUGREGS => with(at, |regs: KvmDebugregs| {
+                if regs.flags != 0 || (regs.dr6 | regs.dr7) >> 32 != 0 {
+                    return Err(EINVAL);
+                }
+                core.fpu.breakpoints = regs.db;
+                core.fpu.breakpoints_enabled = regs.dr7 & dr::DR7_ENABLES != 0;
+                core.state.hw.set_dr6(regs.dr6 & dr::DR6_WRITABLE | dr::DR6_INIT);
+                core.state.hw.set_dr7(regs.dr7 & dr::DR7_WRITABLE | dr::DR7_INIT);
+                Ok(())
+            }),
+            KVM_X86_SETUP_MCE => with(at, |cap: u64| core.state.msrs.setup_mce(cap).map_err(|_| EINVAL)),
+            KVM_SET_SIGNAL_MASK => {
+                core.signal_mask = match arg {
+                    0 => None,
+                    _ => {
+                        let head: KvmSignalMask = user::read(at)?;
+                        if head.len != 8 {
+                            return Err(EINVAL);
+                        }
+                        Some(user::read(at.wrapping_add(size_of::<KvmSignalMask>() as u64))?)
+                    }
+                };
+                Ok(0)
+            }
+            KVM_GET_TSC_KHZ => Ok(timer::tsc_khz() as isize),
+            KVM_KVMCLOCK_CTRL => {
+                if core.state.msrs.system_time().is_none() {
+                    return Err(EINVAL);
+                }
+                self.peer.kick.post_quietly(request::CLOCK);
+                Ok(0)
+            }
+            _ => Err(ENOTTY),
+        }
+    }
+}
+
+impl<V: Vendor> State<V> {
+    fn sregs(&self) -> KvmSregs {
+        let mut regs = self.hw.system_regs();
+        regs.cr8 = self.cr8.into();
+        let mut sregs = KvmSregs::new(&regs, self.apic_base());
+        let queued = match self.events.unfinished {
+            Some(Event::Interrupt(vector)) => Some(vector),
+            _ => self.user_interrupt,
+        };
+        if let Some(vector) = queued {
+            sregs.interrupt_bitmap[usize::from(vector >> 6)] |= 1 << (vector & 63);
+        }
+        sregs
+    }
+
+    fn vcpu_events(&self) -> KvmVcpuEvents {
+        let mut events = KvmVcpuEvents::new_zeroed();
+        let unfinished_exception = match self.events.unfinished {
+            Some(Event::Exception(exception)) => Some(exception),
+            _ => None,
+        };
+        if let Some(exception) = unfinished_exception.or(self.events.exception) {
+            events.exception = KvmEventException {
+                injected: 1,
+                nr: exception.vector,
+                has_error_code: u8::from(exception.error_code.is_some()),
+                pending: 0,
+                error_code: exception.error_code.unwrap_or(0),
+            };
+        }
+        let interrupt = match self.events.unfinished {
+            Some(Event::Interrupt(vector)) => Some(vector),
+            _ => self.user_interrupt,
+        };
+        events.interrupt = KvmEventInterrupt {
+            injected: u8::from(interrupt.is_some()),
+            nr: interrupt.unwrap_or(0),
+            soft: 0,
+            shadow: if self.hw.interrupt_shadow() { KVM_X86_SHADOW_INT_MOV_SS | KVM_X86_SHADOW_INT_STI } else { 0 },
+        };
+        events.nmi = KvmEventNmi {
+            injected: u8::from(self.events.unfinished == Some(Event::Nmi)),
+            pending: self.events.nmis,
+            masked: u8::from(self.events.nmi_masked),
+            pad: 0,
+        };
+        events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+        events
+    }
+}
+
+impl<V: Vendor> Core<V> {
+    fn set_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
+        let state = &mut self.state;
+        let regs = SystemRegs::from(sregs);
+        let allowed = Allowed {
+            cr4: state.caps.cr4,
+            // What the host lets any guest have: userspace may set EFER before CPUID.
+            efer: vcpu.vm.host.caps.efer,
+            physical_bits: state.caps.physical_bits.into(),
+        };
+        if !check::system_regs_valid(&regs, &allowed) {
+            return Err(EINVAL);
+        }
+        let mut vectors = sregs.interrupt_bitmap.iter().enumerate().filter(|(_, word)| **word != 0);
+        let queued = vectors.next().map(|(n, word)| (n * 64) as u8 + word.trailing_zeros() as u8);
+        match &mut state.lapic {
+            Some(lapic) => {
+                let bits = state.caps.physical_bits.into();
+                let work = lapic.write_base(sregs.apic_base, bits, true).map_err(|_| EINVAL)?;
+                lapic.set_cr8(regs.cr8 as u8);
+                state.lapic_work(&vcpu.vm, work);
+                if let Some(vector) = queued {
+                    state.events.unfinished = Some(Event::Interrupt(vector));
+                }
+            }
+            None => {
+                state.user_apic_base = sregs.apic_base;
+                state.user_interrupt = queued;
+            }
+        }
+        state.cr8 = regs.cr8 as u8;
+        state.hw.set_tpr(state.cr8);
+        state.hw.set_system_regs(&regs);
+        self.emulator.reset();
+        Ok(())
+    }
+
+    fn fpu(&self) -> KvmFpu {
+        let mut fpu = KvmFpu::new_zeroed();
+        let image = self.fpu.image();
+        let half = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
+        let word = |at: usize| image.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
+        fpu.fcw = half(0);
+        fpu.fsw = half(2);
+        fpu.ftwx = image[4];
+        fpu.last_opcode = half(6);
+        fpu.last_ip = word(8);
+        fpu.last_dp = word(16);
+        fpu.mxcsr = word(24) as u32;
+        for (n, register) in fpu.fpr.iter_mut().enumerate() {
+            register.copy_from_slice(&image[32 + 16 * n..48 + 16 * n]);
+        }
+        for (n, register) in fpu.xmm.iter_mut().enumerate() {
+            register.copy_from_slice(&self.fpu.vector(n)[..16]);
+        }
+        fpu
+    }
+
+    fn set_fpu(&mut self, fpu: &KvmFpu) -> Result {
+        let mut image = KVVec::new();
+        image.extend_from_slice(self.fpu.image(), GFP_KERNEL)?;
+        image[0..2].copy_from_slice(&fpu.fcw.to_le_bytes());
+        image[2..4].copy_from_slice(&fpu.fsw.to_le_bytes());
+        image[4] = fpu.ftwx;
+        image[5] = 0;
+        image[6..8].copy_from_slice(&fpu.last_opcode.to_le_bytes());
+        image[8..16].copy_from_slice(&fpu.last_ip.to_le_bytes());
+        image[16..24].copy_from_slice(&fpu.last_dp.to_le_bytes());
+        image[24..28].copy_from_slice(&fpu.mxcsr.to_le_bytes());
+        for (n, register) in fpu.fpr.iter().enumerate() {
+            image[32 + 16 * n..48 + 16 * n].copy_from_slice(register);
+        }
+        for (n, register) in fpu.xmm.iter().enumerate() {
+            image[160 + 16 * n..176 + 16 * n].copy_from_slice(register);
+        }
+        // x87 and SSE are explicit in the image now.
+        image[512] |= 3;
+        self.fpu.set_image(&image)
+    }
+
+    /// KVM_SET_CPUID2. After the first KVM_RUN only the same table is accepted.
+    fn set_cpuid(&mut self, vcpu: &Vcpu<V>, at: Hva, head: &KvmCpuid2) -> Result {
+        let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
+        let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        if self.ran {
+            return self.state.cpuid.same_as(&entries).then_some(()).ok_or(EINVAL);
+        }
+        let table = CpuidTable::new(entries).map_err(|_| EINVAL)?;
+        let caps = GuestCaps::derive(|function, index| table.leaf(function, index)).within(&vcpu.vm.host.caps);
+        self.fpu.tsc_aux = caps.tsc_aux.then(|| self.fpu.tsc_aux.unwrap_or(0));
+        if let Some(lapic) = &mut self.state.lapic {
+            lapic.set_features(crate::irqchip::lapic::LapicFeatures {
+                x2apic: caps.x2apic,
+                tsc_deadline: caps.tsc_deadline,
+                ..Default::default()
+            });
+        }
+        self.state.cpuid = KBox::new(table, GFP_KERNEL_ACCOUNT)?;
+        self.state.caps = caps;
+        Ok(())
+    }
+
+    fn set_vcpu_events(&mut self, events: &KvmVcpuEvents) -> Result {
+        const KNOWN: u32 =
+            KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW;
+        let exception = &events.exception;
+        if events.flags & !KNOWN != 0 || exception.injected != 0 && (exception.nr > 31 || exception.nr == vector::NMI) {
+            return Err(EINVAL);
+        }
+        let state = &mut self.state;
+        state.events.exception = None;
+        state.events.unfinished = if exception.injected != 0 {
+            Some(Event::Exception(Exception {
+                vector: exception.nr,
+                error_code: (exception.has_error_code != 0).then_some(exception.error_code),
+                payload: None,
+            }))
+        } else if events.interrupt.injected != 0 {
+            Some(Event::Interrupt(events.interrupt.nr))
+        } else if events.nmi.injected != 0 {
+            Some(Event::Nmi)
+        } else {
+            None
+        };
+        if events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
+            state.events.nmis = events.nmi.pending.min(2);
+        }
+        state.events.nmi_masked = events.nmi.masked != 0;
+        state.hw.want_nmi_window(state.events.nmi_masked);
+        if events.flags & KVM_VCPUEVENT_VALID_SHADOW != 0 {
+            state.hw.set_interrupt_shadow(events.interrupt.shadow != 0);
+        }
+        if events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
+            self.sipi_vector = events.sipi_vector as u8;
+        }
+        Ok(())
+    }
+}
