@@ -220,7 +220,7 @@ capabilities! {
     KVM_CAP_MEMORY_FAULT_INFO = 232, No;
     KVM_CAP_MEMORY_ATTRIBUTES = 233, No;
     KVM_CAP_GUEST_MEMFD = 234, No;
-    KVM_CAP_VM_TYPES = 235, No;
+    KVM_CAP_VM_TYPES = 235, Value(1), "bit mask: type 0 only";
     KVM_CAP_PRE_FAULT_MEMORY = 236, No;
     KVM_CAP_X86_APIC_BUS_CYCLES_NS = 237, No;
     KVM_CAP_X86_GUEST_MODE = 238, No;

@@ -30,6 +30,13 @@ macro_rules! layout {
             $($(#[$field_doc])* pub $field: $type,)*
         }
 
+        /// All zeros.
+        impl Default for $name {
+            fn default() -> Self {
+                zerocopy::FromZeros::new_zeroed()
+            }
+        }
+
         const _: () = {
             assert!(core::mem::size_of::<$name>() == $size);
             $(assert!(core::mem::offset_of!($name, $field) == $offset);)*

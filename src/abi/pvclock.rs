@@ -48,6 +48,30 @@ pub const KVM_VCPU_PREEMPTED: u8 = 1 << 0;
 /// Bits of MSR_KVM_STEAL_TIME that must be 0; bit 0 enables, the rest is the address.
 pub const KVM_STEAL_TIME_RESERVED: u64 = 0x3E;
 
+impl PvclockVcpuTimeInfo {
+    /// The structure for a guest whose TSC is `tsc` when its system time is `system_time_ns`. `version` is even.
+    pub const fn new(version: u32, tsc: u64, system_time_ns: u64, scale: TscScale, flags: u8) -> Self {
+        Self {
+            version,
+            pad0: 0,
+            tsc_timestamp: tsc,
+            system_time: system_time_ns,
+            tsc_to_system_mul: scale.mul,
+            tsc_shift: scale.shift,
+            flags,
+            pad: [0; 2],
+        }
+    }
+}
+
+impl PvclockWallClock {
+    /// The structure for a guest whose system time is `system_time_ns` when the real time is `real_time_ns` since 1970.
+    pub const fn new(version: u32, real_time_ns: u64, system_time_ns: u64) -> Self {
+        let boot = real_time_ns.saturating_sub(system_time_ns);
+        Self { version, sec: (boot / 1_000_000_000) as u32, nsec: (boot % 1_000_000_000) as u32 }
+    }
+}
+
 /// Factor from TSC ticks to nanoseconds: first shift (left when positive), then multiply by `mul` / 2^32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TscScale {
@@ -104,6 +128,19 @@ mod tests {
             assert!(error <= hour_ns / 1_000_000_000 + 1, "{khz}: {error} ns off in an hour");
         }
         assert_eq!(TscScale::from_khz(0), None);
+    }
+
+    #[test]
+    fn a_guest_reads_the_time() {
+        let scale = TscScale::from_khz(2_445_406).unwrap();
+        let info = PvclockVcpuTimeInfo::new(2, 1_000_000, 5_000_000_000, scale, PVCLOCK_TSC_STABLE_BIT);
+        // One second later.
+        let ticks = 2_445_406_000;
+        let now = info.system_time + scale.nanoseconds(ticks);
+        assert!(now.abs_diff(6_000_000_000) <= 2, "{now}");
+        let wall = PvclockWallClock::new(4, 1_700_000_000_123_456_789, 5_000_000_000);
+        assert_eq!((wall.sec, wall.nsec), (1_699_999_995, 123_456_789));
+        assert_eq!(PvclockWallClock::new(0, 1, 2).nsec, 0, "a host clock before 1970 plus the guest's uptime");
     }
 
     #[test]

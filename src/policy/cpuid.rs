@@ -207,12 +207,17 @@ pub const fn is_indexed(function: u32) -> bool {
     )
 }
 
+/// The numbers of the components in `mask` that lie behind the legacy region and the header.
+fn components(mask: u64) -> impl Iterator<Item = u32> {
+    (2..63).filter(move |number| mask.wrapping_shr(*number) & 1 != 0)
+}
+
 /// Bytes of an XSAVE area for the components `mask`. `component(i)` is leaf 0Dh, subleaf `i`: size in EAX, standard
 /// offset in EBX, bit 1 of ECX: starts on 64 bytes in the compacted format. SDM Vol. 1 "XSAVE Area".
 pub fn xsave_bytes(mask: u64, compacted: bool, component: impl Fn(u32) -> [u32; 4]) -> u32 {
     // The legacy region and the header are always there.
     let mut total = 512u32 + 64;
-    for i in (2..63).filter(|i| mask >> i & 1 != 0) {
+    for i in components(mask) {
         let [size, offset, flags, _] = component(i);
         let start = match (compacted, flags & 2 != 0) {
             (false, _) => offset,
@@ -334,7 +339,7 @@ impl<H: Fn(u32, u32) -> [u32; 4]> Filter<'_, H> {
         let [instructions, ..] = self.ruled(0xD, 1);
         let compacted = if instructions & leaf_d_1_eax::XSAVEC != 0 { compacted } else { 0 };
         self.push(0xD, 1, [instructions, compacted, 0, 0])?;
-        for index in (2..63).filter(|index| mask >> index & 1 != 0) {
+        for index in components(mask) {
             let [size, offset, flags, _] = (self.host)(0xD, index);
             // Bit 0 would be a supervisor component, bit 2 is about XFD.
             self.push(0xD, index, [size, offset, flags & 2, 0])?;

@@ -8,7 +8,7 @@ use crate::abi::vcpu::{KvmCpuidEntry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 use crate::abi::FromZeros;
 use crate::arch::cpuid::*;
 use crate::arch::cr::{cr4, efer};
-use std::{vec, vec::Vec};
+use std::{collections::BTreeMap, vec, vec::Vec};
 
 const fn name(text: &[u8; 12]) -> [u32; 3] {
     [
@@ -372,4 +372,54 @@ fn limits_that_follow() {
     assert!(caps.rdtscp && caps.tsc_aux && caps.x2apic && caps.tsc_deadline && caps.long_mode && caps.page_1g);
     assert_eq!((caps.spec_ctrl, caps.pred_cmd), (0x87, 0x81));
     assert_eq!(caps.within(&caps), caps);
+}
+
+/// Where the filter departs from KVM's on purpose: leaf, subleaf, and per register the bits that may differ.
+const DEPARTURES: &[(u32, u32, [u32; 4])] = &[
+    // KVM shows ARCH_CAPABILITIES, which is Intel's, to everybody.
+    (7, 0, [0, 0, 0, leaf7_edx::ARCH_CAPABILITIES]),
+    (KVM_FEATURES_LEAF, 0, [u32::MAX, 0, 0, 0]),
+    // Performance monitoring, version 2, would be in leaf 8000_0022h.
+    (0x8000_0000, 0, [3, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, ext1_ecx::SVM, 0]),
+    // KVM hides the brand string.
+    (0x8000_0002, 0, [u32::MAX; 4]),
+    (0x8000_0003, 0, [u32::MAX; 4]),
+    (0x8000_0004, 0, [u32::MAX; 4]),
+    // VIRT_SSBD: an MSR that is not emulated.
+    (0x8000_0008, 0, [0, 1 << 25, 0, 0]),
+    (0x8000_000A, 0, [u32::MAX; 4]),
+    // #GP for CPUID outside the kernel.
+    (0x8000_0021, 0, [1 << 17, 0, 0, 0]),
+];
+
+/// KVM on the same CPU is the oracle.
+#[test]
+fn agrees_with_kvm() {
+    for text in [include_str!("oracle/epyc-v4.txt"), include_str!("oracle/epyc-genoa.txt")] {
+        let mut host = BTreeMap::new();
+        let mut kvm = BTreeMap::new();
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let numbers: Vec<u32> =
+                line.split(' ').skip(1).map(|number| u32::from_str_radix(number, 16).unwrap()).collect();
+            match (line.as_bytes()[0], &numbers[..]) {
+                (b'H', &[f, i, a, b, c, d]) => _ = host.insert((f, i), [a, b, c, d]),
+                (b'K', &[f, i, flags, a, b, c, d]) => _ = kvm.insert((f, i), (flags, [a, b, c, d])),
+                _ => panic!("{line}"),
+            }
+        }
+        let cpu = |function, index| host.get(&(function, index)).copied().unwrap_or([0; 4]);
+        let ours = table(cpu, &HostFeatures { xcr0: cpu(0xD, 0)[0].into(), ..FULL });
+        for entry in ours.entries() {
+            let key = (entry.function, entry.index);
+            let (flags, theirs) = kvm.remove(&key).unwrap_or_else(|| panic!("KVM has no {key:x?}"));
+            let known = DEPARTURES.iter().find(|known| (known.0, known.1) == key).map_or([0; 4], |known| known.2);
+            assert_eq!(entry.flags, flags, "{key:x?}");
+            for (register, ours) in ours.leaf(key.0, key.1).into_iter().enumerate() {
+                let differ = (ours ^ theirs[register]) & !known[register];
+                assert_eq!(differ, 0, "{key:x?} register {register}: {ours:#x}, KVM {:#x}", theirs[register]);
+            }
+        }
+        assert!(kvm.keys().all(|key| *key == (0x8000_0022, 0)), "only KVM has {kvm:x?}");
+    }
 }

@@ -50,10 +50,11 @@ impl Mce {
         Ok(())
     }
 
-    /// The place in `banks` of a bank register that exists.
+    /// The place in `banks` of a bank register that exists. Masked, so that a mispredicted comparison cannot reach
+    /// beyond the array: a guest chooses `index`.
     fn place(&self, index: u32) -> Option<usize> {
         let place = index.checked_sub(msr::MC0_CTL)?;
-        (u64::from(place) < 4 * (self.cap & 0xFF)).then_some(place as usize)
+        (u64::from(place) < 4 * (self.cap & 0xFF)).then_some(place as usize % (4 * BANKS))
     }
 
     /// Whether this is the CTL2 register of a bank: without corrected-error interrupts only the host sees it.

@@ -17,12 +17,14 @@ const DEF_TYPE_BITS: u64 = 1 << 11 | 1 << 10 | 0xFF;
 #[derive(Clone, Debug)]
 pub struct Mtrr {
     def_type: u64,
-    fixed: [u64; 11],
+    /// 64 KiB, 16 KiB and 4 KiB ranges; 11 places are used.
+    fixed: [u64; 16],
     /// Base and mask by turns.
     variable: [u64; 2 * VARIABLE],
 }
 
-/// The place among [`Mtrr::fixed`] of a fixed-range register.
+/// The place among [`Mtrr::fixed`] of a fixed-range register. Masked, so that a mispredicted range check cannot reach
+/// beyond the array: a guest chooses `index`.
 fn fixed_place(index: u32) -> Option<usize> {
     let place = match index {
         msr::MTRR_FIX64K_00000 => 0,
@@ -30,11 +32,13 @@ fn fixed_place(index: u32) -> Option<usize> {
         msr::MTRR_FIX4K_C0000..=msr::MTRR_FIX4K_F8000 => index - msr::MTRR_FIX4K_C0000 + 3,
         _ => return None,
     };
-    Some(place as usize)
+    Some((place & 15) as usize)
 }
 
+/// The place among [`Mtrr::variable`], masked likewise.
 fn variable_place(index: u32) -> Option<usize> {
-    (msr::MTRR_PHYSBASE0..=VARIABLE_LAST).contains(&index).then(|| (index - msr::MTRR_PHYSBASE0) as usize)
+    let inside = (msr::MTRR_PHYSBASE0..=VARIABLE_LAST).contains(&index);
+    inside.then(|| (index - msr::MTRR_PHYSBASE0) as usize % (2 * VARIABLE))
 }
 
 /// UC, WC, WT, WP, WB.
@@ -44,7 +48,7 @@ const fn type_valid(kind: u64) -> bool {
 
 impl Mtrr {
     pub const fn new() -> Self {
-        Self { def_type: 0, fixed: [0; 11], variable: [0; 2 * VARIABLE] }
+        Self { def_type: 0, fixed: [0; 16], variable: [0; 2 * VARIABLE] }
     }
 
     /// `None`: not an MTRR.

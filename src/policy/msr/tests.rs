@@ -2,7 +2,7 @@
 use super::*;
 use crate::arch::cpuid::Vendor;
 use crate::policy::cpuid::PV_FEATURES;
-use std::{vec, vec::Vec};
+use std::vec::Vec;
 
 fn supported(vendor: Vendor) -> GuestCaps {
     GuestCaps {
@@ -452,7 +452,7 @@ fn random_accesses() {
     };
     let mut bench = Bench::new(Vendor::Amd);
     bench.state.setup_mce(32 | MCE_CAP_SUPPORTED).unwrap();
-    let bases = vec![0u32, 0x200, 0x280, 0x400, 0x800, 0x4B56_4D00, 0xC000_0080, 0xC001_0000, 0xC001_1000];
+    let bases = [0u32, 0x200, 0x280, 0x400, 0x800, 0x4B56_4D00, 0xC000_0080, 0xC001_0000, 0xC001_1000];
     for round in 0..300_000u32 {
         let index = bases[random() as usize % bases.len()].wrapping_add(random() as u32 & 0x1FF);
         let value = random() & u64::MAX.checked_shr(random() as u32 & 63).unwrap_or(0);
