@@ -57,19 +57,18 @@ impl DeviceError {
 type Named = (Cap, &'static str);
 
 /// What the launcher cannot do without.
-const REQUIRED: [Named; 8] = [
+const REQUIRED: [Named; 7] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Pit2, "KVM_CAP_PIT2"),
-    (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
 /// Further capabilities for `krab info`.
-const SHOWN: [Named; 17] = [
+const SHOWN: [Named; 18] = [
     (Cap::Hlt, "KVM_CAP_HLT"),
     (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
     (Cap::SyncMmu, "KVM_CAP_SYNC_MMU"),
@@ -80,6 +79,7 @@ const SHOWN: [Named; 17] = [
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
     (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
     (Cap::Xsave, "KVM_CAP_XSAVE"),

@@ -32,7 +32,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Boot a kernel; the guest's serial console is on standard input and output.
-    #[command(after_help = exit::EXIT_CODES_HELP)]
+    #[command(after_help = exit::EXIT_CODES_HELP, args_override_self = true)]
     Run(Run),
     /// Show the hypervisor's API version and capabilities.
     Info {
@@ -112,6 +112,12 @@ mod tests {
         let line = "krab run --kernel k --initrd i --cmdline -x --cpus 64 --memory 2G --device /dev/kvm";
         let run = parse(line).unwrap();
         assert_eq!((run.cpus, run.memory, run.cmdline.as_str()), (64, 2 << 30, "-x"));
+    }
+
+    #[test]
+    fn the_last_of_an_option_counts() {
+        let run = parse("krab run --kernel k --memory 1G --memory 2G --cpus 1 --cpus 2").unwrap();
+        assert_eq!((run.cpus, run.memory), (2, 2 << 30));
     }
 
     #[test]

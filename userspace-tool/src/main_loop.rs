@@ -57,6 +57,8 @@ pub struct MainLoop<'a> {
     pub drained: EventFd,
     pub console: &'a Console,
     pub signals: Signals,
+    /// Where input comes from: standard input, but for tests.
+    pub input: RawFd,
     /// `None` when standard input is no terminal of ours.
     pub terminal: Option<RawMode>,
 }
@@ -69,7 +71,7 @@ impl MainLoop<'_> {
             let mut fds = [self.wake.as_raw_fd(), self.drained.as_raw_fd(), self.signals.0.as_raw_fd(), -1]
                 .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
             if input.open && input.waiting.is_empty() && self.console.input_room() > 0 {
-                fds[3].fd = libc::STDIN_FILENO;
+                fds[3].fd = self.input;
             }
             let timeout = if input.waiting.is_empty() { NO_TIMEOUT } else { RETRY_MS };
             // SAFETY: An array of valid pollfds and its length. Negative descriptors are ignored.
@@ -108,13 +110,13 @@ impl MainLoop<'_> {
     /// A terminal that is not ours to read would stop us with SIGTTIN.
     fn may_read_input(&self) -> bool {
         // SAFETY: Only reads the state of the descriptor.
-        self.terminal.is_some() || unsafe { libc::isatty(libc::STDIN_FILENO) } != 1
+        self.terminal.is_some() || unsafe { libc::isatty(self.input) } != 1
     }
 
     fn read_input(&self, input: &mut Input) {
         let mut bytes = [0; 64];
         let len = bytes.len().min(self.console.input_room()).max(1);
-        let read = match read(libc::STDIN_FILENO, &mut bytes[..len]) {
+        let read = match read(self.input, &mut bytes[..len]) {
             Ok(read) if read > 0 => &bytes[..read],
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => return,
             // The end, or a descriptor that is closed or broken: never look at it again.
@@ -151,4 +153,123 @@ fn read(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
     // SAFETY: The pointer and the length are those of `bytes`.
     let read = unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    struct Fixture {
+        stop: Arc<Stop>,
+        wake: EventFd,
+        drained: EventFd,
+        console: Console,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            let (wake, drained) = (event(), event());
+            Fixture {
+                stop: Arc::new(Stop::new(wake.try_clone().unwrap())),
+                console: Console::new(event(), drained.try_clone().unwrap(), Box::new(io::sink())),
+                wake,
+                drained,
+            }
+        }
+
+        /// Runs the loop with `input` in this thread and `guest` in another one.
+        fn run(&self, input: RawFd, guest: impl FnOnce(&Self) + Send) {
+            let main_loop = MainLoop {
+                stop: self.stop.clone(),
+                wake: self.wake.try_clone().unwrap(),
+                drained: self.drained.try_clone().unwrap(),
+                console: &self.console,
+                signals: Signals::block().unwrap(),
+                input,
+                terminal: None,
+            };
+            thread::scope(|scope| {
+                scope.spawn(|| guest(self));
+                main_loop.run().unwrap();
+            });
+        }
+
+        /// What the guest reads from COM1 until it has `len` bytes.
+        fn read(&self, len: usize) -> Vec<u8> {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let mut bytes = Vec::new();
+            while bytes.len() < len && Instant::now() < deadline {
+                if self.console.read(5) & 1 != 0 {
+                    bytes.push(self.console.read(0));
+                } else {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            bytes
+        }
+    }
+
+    fn pipe() -> (OwnedFd, std::fs::File) {
+        let mut fds = [0; 2];
+        // SAFETY: pipe2 fills `fds` with descriptors that nobody else owns.
+        unsafe {
+            assert_eq!(libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC), 0);
+            (OwnedFd::from_raw_fd(fds[0]), std::fs::File::from_raw_fd(fds[1]))
+        }
+    }
+
+    fn thread_cpu_time() -> Duration {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: Fills `time`.
+        unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    }
+
+    #[test]
+    fn input_larger_than_the_fifo_arrives_whole_and_with_escapes() {
+        let (reader, mut writer) = pipe();
+        let text: Vec<u8> = (0..=255).cycle().take(1000).collect();
+        writer.write_all(&text).unwrap();
+        Fixture::new().run(reader.as_raw_fd(), |fixture| {
+            assert_eq!(fixture.read(text.len()), text);
+            fixture.stop.request(Outcome::PowerOff);
+        });
+    }
+
+    #[test]
+    fn no_spinning_at_the_end_of_input() {
+        let (reader, writer) = pipe();
+        drop(writer);
+        let before = thread_cpu_time();
+        Fixture::new().run(reader.as_raw_fd(), |fixture| {
+            thread::sleep(Duration::from_millis(300));
+            fixture.stop.request(Outcome::PowerOff);
+        });
+        let used = thread_cpu_time() - before;
+        assert!(used < Duration::from_millis(100), "{used:?}");
+    }
+
+    #[test]
+    fn a_closed_descriptor_is_no_input() {
+        Fixture::new().run(9999, |fixture| {
+            thread::sleep(Duration::from_millis(50));
+            fixture.stop.request(Outcome::Reboot);
+        });
+    }
+
+    #[test]
+    fn signals_end_the_run() {
+        let fixture = Fixture::new();
+        // SAFETY: Signals of this thread only; `run` blocks them before the guest sends one.
+        let me = unsafe { libc::pthread_self() } as usize;
+        fixture.run(-1, move |_| {
+            thread::sleep(Duration::from_millis(50));
+            // SAFETY: The thread lives as long as the loop runs.
+            unsafe { libc::pthread_kill(me as libc::pthread_t, libc::SIGTERM) };
+        });
+        assert_eq!(fixture.stop.outcome(), Some(&Outcome::Signal(libc::SIGTERM)));
+    }
 }

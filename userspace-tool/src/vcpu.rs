@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use anyhow::{bail, ensure, Context, Result};
 use kvm_bindings::*;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{register_signal_handler, SIGRTMIN};
 
 use crate::devices::Devices;
@@ -110,6 +111,14 @@ pub fn install_kick_handler() -> Result<()> {
     register_signal_handler(SIGRTMIN(), handle_kick).context("cannot handle the kick signal")
 }
 
+/// What all vCPUs share.
+#[derive(Clone)]
+pub struct Machine {
+    pub devices: Arc<Devices>,
+    /// Only for the report of a crash.
+    pub memory: GuestMemoryMmap,
+}
+
 /// A running vCPU.
 pub struct Thread {
     handle: JoinHandle<()>,
@@ -117,12 +126,12 @@ pub struct Thread {
 
 impl Thread {
     /// Runs `vcpu` until a reason for the end of the run is in `stop`.
-    pub fn start(mut vcpu: VcpuFd, id: u32, devices: Arc<Devices>, stop: Arc<Stop>) -> Result<Self> {
+    pub fn start(mut vcpu: VcpuFd, id: u32, machine: Machine, stop: Arc<Stop>) -> Result<Self> {
         let run = move || {
             RUN.set(vcpu.get_kvm_run());
             let guard = PanicGuard(&stop);
             while !stop.is_requested() {
-                if let Some(outcome) = step(&mut vcpu, id, &devices) {
+                if let Some(outcome) = step(&mut vcpu, id, &machine) {
                     stop.request(outcome);
                 }
             }
@@ -159,11 +168,11 @@ impl Drop for PanicGuard<'_> {
 }
 
 /// Enters the guest once and serves the exit. `Some` ends the run.
-fn step(vcpu: &mut VcpuFd, id: u32, devices: &Devices) -> Option<Outcome> {
+fn step(vcpu: &mut VcpuFd, id: u32, machine: &Machine) -> Option<Outcome> {
     let reason = match vcpu.run() {
         // kvm-ioctls gives all bytes of a string instruction in one slice, without the size of each.
         Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
-            serve_port(vcpu.get_kvm_run(), devices);
+            serve_port(vcpu.get_kvm_run(), &machine.devices);
             return None;
         }
         Ok(VcpuExit::MmioRead(_, data)) => {
@@ -173,7 +182,7 @@ fn step(vcpu: &mut VcpuFd, id: u32, devices: &Devices) -> Option<Outcome> {
         Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr) => return None,
         Ok(VcpuExit::Shutdown) => {
             let reason = format!("triple fault on vCPU {id}");
-            return Some(Outcome::Crash { reason, dump: dump(vcpu, id) });
+            return Some(Outcome::Crash { reason, dump: dump(vcpu, id, &machine.memory) });
         }
         Ok(VcpuExit::SystemEvent(event, data)) => {
             return Some(match event {
@@ -203,7 +212,7 @@ fn step(vcpu: &mut VcpuFd, id: u32, devices: &Devices) -> Option<Outcome> {
             _ => format!("KVM_RUN failed: {error}"),
         },
     };
-    Some(Outcome::Internal { reason: format!("{reason} (vCPU {id})"), dump: dump(vcpu, id) })
+    Some(Outcome::Internal { reason: format!("{reason} (vCPU {id})"), dump: dump(vcpu, id, &machine.memory) })
 }
 
 /// Serves KVM_EXIT_IO: `count` accesses of `size` bytes to the same port.
@@ -246,18 +255,27 @@ fn internal_error(run: &kvm_run) -> String {
     format!("KVM_EXIT_INTERNAL_ERROR {}: {what}, data {data:x?}", error.suberror)
 }
 
-/// The vCPU's registers as one block of lines.
-fn dump(vcpu: &VcpuFd, id: u32) -> String {
+/// The vCPU's registers, and the code that it was about to run, as one block of lines.
+fn dump(vcpu: &VcpuFd, id: u32, memory: &GuestMemoryMmap) -> String {
     let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) else {
         return format!("vCPU {id}: its registers cannot be read\n");
     };
-    dump_registers(id, &regs, &sregs)
+    let mut text = dump_registers(id, &regs, &sregs);
+    let linear = sregs.cs.base.wrapping_add(regs.rip);
+    let physical = match vcpu.translate_gva(linear) {
+        Ok(translation) if translation.valid != 0 => Some(translation.physical_address),
+        _ => None,
+    };
+    let code = physical.and_then(|address| memory.read_obj::<[u8; 16]>(GuestAddress(address)).ok());
+    let code = code.map_or("unreadable".into(), |bytes| bytes.map(|byte| format!("{byte:02x}")).join(" "));
+    let _ = writeln!(text, "  code {code}");
+    text
 }
 
 fn dump_registers(id: u32, r: &kvm_regs, s: &kvm_sregs) -> String {
     let mut text = String::new();
     let rows = [
-        [("rip", r.rip), ("rsp", r.rsp), ("flg", r.rflags), ("rax", r.rax)],
+        [("rip", r.rip), ("rsp", r.rsp), ("rfl", r.rflags), ("rax", r.rax)],
         [("rbx", r.rbx), ("rcx", r.rcx), ("rdx", r.rdx), ("rsi", r.rsi)],
         [("rdi", r.rdi), ("rbp", r.rbp), ("r8 ", r.r8), ("r9 ", r.r9)],
         [("r10", r.r10), ("r11", r.r11), ("r12", r.r12), ("r13", r.r13)],

@@ -74,8 +74,16 @@ pub fn run(config: &Config) -> Result<Outcome> {
     // From here on the terminal is raw; `main_loop` puts it back when it goes, before anybody reports the end.
     let signals = Signals::block()?;
     let terminal = RawMode::enter()?;
-    let main_loop = MainLoop { stop: stop.clone(), wake, drained, console: &devices.console, signals, terminal };
-    let threads = start(vcpus, &devices, &stop)?;
+    let main_loop = MainLoop {
+        stop: stop.clone(),
+        wake,
+        drained,
+        console: &devices.console,
+        signals,
+        input: libc::STDIN_FILENO,
+        terminal,
+    };
+    let threads = start(vcpus, &vcpu::Machine { devices: devices.clone(), memory: memory.clone() }, &stop)?;
     if let Err(error) = main_loop.run() {
         stop.request(Outcome::Failed(format!("{error:#}")));
     }
@@ -85,12 +93,12 @@ pub fn run(config: &Config) -> Result<Outcome> {
 }
 
 /// Starts all vCPUs; if one cannot be started, stops those that were.
-fn start(vcpus: Vec<VcpuFd>, devices: &Arc<Devices>, stop: &Arc<Stop>) -> Result<Vec<vcpu::Thread>> {
+fn start(vcpus: Vec<VcpuFd>, machine: &vcpu::Machine, stop: &Arc<Stop>) -> Result<Vec<vcpu::Thread>> {
     vcpu::install_kick_handler()?;
     let mut threads = Vec::new();
     // The first vCPU last: the others wait for its start-up interrupt anyway.
     for (id, fd) in vcpus.into_iter().enumerate().rev() {
-        match vcpu::Thread::start(fd, id as u32, devices.clone(), stop.clone()) {
+        match vcpu::Thread::start(fd, id as u32, machine.clone(), stop.clone()) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 stop.request(Outcome::Failed(format!("{error:#}")));

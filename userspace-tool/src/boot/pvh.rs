@@ -6,7 +6,7 @@
 use std::fs::File;
 
 use anyhow::{bail, Result};
-use linux_loader::loader::{Elf, KernelLoader, PvhBootCapability};
+use linux_loader::loader::{elf, Elf, Error, KernelLoader, PvhBootCapability};
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -25,8 +25,10 @@ const VERSION: u32 = 1;
 pub fn load(memory: &GuestMemoryMmap, ram: u64, kernel: &mut File, images: &Images, rsdp: u64) -> Result<Entry> {
     let loaded = match Elf::load(memory, None, kernel, Some(GuestAddress(HIGH_MEMORY_START))) {
         Ok(loaded) => loaded,
-        // The loader does not say which segment had no room; a kernel that is not cut off needs more memory.
-        Err(error) => bail!("{error}: the file is damaged, or the guest needs more --memory"),
+        Err(Error::Elf(elf::Error::ReadKernelImage)) => {
+            bail!("a segment does not fit: the guest needs more --memory, or the file is cut off")
+        }
+        Err(error) => bail!("a damaged ELF file: {error}"),
     };
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         bail!("an ELF file without PVH note: build the kernel with CONFIG_PVH, or give a bzImage");
@@ -64,9 +66,9 @@ mod tests {
     use crate::memory::map_ram;
 
     /// A 64-bit ELF file: one loaded segment at 1 MiB, and one note, which is PVH's if `note` is 18.
-    fn elf(note: u32) -> Vec<u8> {
-        let mut elf = vec![0; 0x1000];
-        let mut put = |offset: usize, bytes: &[u8]| elf[offset..offset + bytes.len()].copy_from_slice(bytes);
+    fn image(note: u32) -> Vec<u8> {
+        let mut image = vec![0; 0x1000];
+        let mut put = |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(0, b"\x7FELF\x02\x01\x01");
         put(24, &0x10_0000u64.to_le_bytes()); // e_entry
         put(32, &64u64.to_le_bytes()); // e_phoff
@@ -85,7 +87,7 @@ mod tests {
         put(0x40C, b"Xen\0");
         put(0x410, &0x10_0040u32.to_le_bytes());
         put(0x800, &[0x90; 0x100]);
-        elf
+        image
     }
 
     fn boot(name: &str, image: &[u8]) -> Result<(Entry, GuestMemoryMmap)> {
@@ -100,7 +102,7 @@ mod tests {
 
     #[test]
     fn start_info_is_filled() {
-        let (entry, memory) = boot("pvh", &elf(18)).unwrap();
+        let (entry, memory) = boot("pvh", &image(18)).unwrap();
         assert_eq!(entry, Entry::Pvh { rip: 0x10_0040, start_info: START_INFO });
         let info: hvm_start_info = memory.read_obj(GuestAddress(START_INFO)).unwrap();
         assert_eq!((info.magic, info.version, info.nr_modules), (0x336E_C578, 1, 1));
@@ -116,12 +118,12 @@ mod tests {
 
     #[test]
     fn refusals() {
-        let mut far = elf(18);
+        let mut far = image(18);
         far[64 + 24..64 + 32].copy_from_slice(&(1u64 << 40).to_le_bytes());
         let table = [
-            ("no-note", elf(17), "PVH note"),
-            ("cut-elf", elf(18)[..100].to_vec(), "damaged"),
-            ("cut-segment", elf(18)[..0x840].to_vec(), "damaged"),
+            ("no-note", image(17), "PVH note"),
+            ("cut-elf", image(18)[..100].to_vec(), "damaged"),
+            ("cut-segment", image(18)[..0x840].to_vec(), "cut off"),
             ("far", far, "--memory"),
         ];
         for (name, image, word) in table {
