@@ -25,7 +25,7 @@ Exit codes:
   4        the guest crashed: triple fault, or its kernel reported a panic through pvpanic (port 0x505)
   5        the hypervisor gave up: KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY; registers on stderr
   6        the user quit with Ctrl-A x
-  64..127  the guest wrote C to port 0x501: 64 + (C & 63)
+  64..127  the guest wrote C to the exit port 0x501, or to the byte at 0xFEB00000: 64 + (C & 63)
   128 + N  the launcher was ended by signal N
 The first of these reasons wins.";
 

@@ -64,9 +64,11 @@ fn restore() {
     }
 }
 
-/// A fault of our own: the handler is one-shot, so returning lets the signal take its default course.
-extern "C" fn handle_fault(_: libc::c_int) {
+/// A fault of our own: the handler is one-shot, so the signal that it raises again takes its default course.
+extern "C" fn handle_fault(signal: libc::c_int) {
     restore();
+    // SAFETY: raise is async-signal-safe. The signal is blocked until this handler returns.
+    unsafe { libc::raise(signal) };
 }
 
 /// Standard input in raw mode while this lives.
@@ -123,7 +125,7 @@ fn restore_on_faults() {
         default(info);
     }));
     for signal in [libc::SIGABRT, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGSEGV] {
-        // SAFETY: The handler only calls tcsetattr, which is async-signal-safe, and reads memory set before.
+        // SAFETY: The handler only makes async-signal-safe calls and reads memory that was set before.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handle_fault as *const () as usize;

@@ -175,11 +175,15 @@ fn step(vcpu: &mut VcpuFd, id: u32, machine: &Machine) -> Option<Outcome> {
             serve_port(vcpu.get_kvm_run(), &machine.devices);
             return None;
         }
-        Ok(VcpuExit::MmioRead(_, data)) => {
-            data.fill(0xFF);
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            machine.devices.mmio_read(address, data);
             return None;
         }
-        Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr) => return None,
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            machine.devices.mmio_write(address, data);
+            return None;
+        }
+        Ok(VcpuExit::Intr) => return None,
         Ok(VcpuExit::Shutdown) => {
             let reason = format!("triple fault on vCPU {id}");
             return Some(Outcome::Crash { reason, dump: dump(vcpu, id, &machine.memory) });

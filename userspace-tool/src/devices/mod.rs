@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The port bus and its devices. There are no MMIO devices here: the hypervisor's own (APICs) never reach us.
+//! The port bus, the memory bus, and their devices.
 //!
 //! | ports         | device                                              |
 //! |---------------|-----------------------------------------------------|
@@ -11,7 +11,10 @@
 //! | 0x600 - 0x605 | ACPI PM1a event and control blocks                  |
 //! | 0xCF9         | reset control, byte access only                     |
 //!
-//! What nobody claims reads as all ones, and writes there are dropped, as on a PC's ISA bus.
+//! On the memory bus there is only the exit register, at 0xFEB0_0000: the exit port for those who have no port
+//! instructions, as a shell with busybox' `devmem 0xfeb00000 8 CODE`. The hypervisor's own APICs never reach us.
+//!
+//! What nobody claims reads as all ones, and writes there are dropped, as on a PC.
 
 pub mod cmos;
 pub mod ports;
@@ -36,6 +39,8 @@ pub const DEBUG_EXIT: u16 = 0x501;
 pub const PVPANIC: u16 = 0x505;
 pub const PM1_BASE: u16 = 0x600;
 pub const RESET_CONTROL: u16 = 0xCF9;
+/// The exit register, in the hole that holds no RAM.
+pub const EXIT_REGISTER: u64 = 0xFEB0_0000;
 /// COM1's interrupt line.
 pub const COM1_IRQ: u32 = 4;
 
@@ -121,6 +126,18 @@ impl Devices {
         }
     }
 
+    /// A write to memory that is no RAM.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let (EXIT_REGISTER, Some(code)) = (address, data.first()) {
+            self.debug_exit.write(*code);
+        }
+    }
+
+    /// A read of memory that is no RAM.
+    pub fn mmio_read(&self, _address: u64, data: &mut [u8]) {
+        data.fill(0xFF);
+    }
+
     /// Hands the terminal what the guest has written. Call after each exit, with no lock held.
     pub fn flush(&self) -> io::Result<()> {
         self.console.flush()
@@ -201,6 +218,15 @@ mod tests {
         assert!(!stop.is_requested());
         devices.pio_write(DEBUG_EXIT, &[5]);
         assert_eq!(stop.outcome(), Some(&Outcome::GuestCode(5)));
+
+        let (devices, stop) = self::devices();
+        let mut data = [0; 8];
+        devices.mmio_read(EXIT_REGISTER, &mut data);
+        assert_eq!(data, [0xFF; 8]);
+        devices.mmio_write(EXIT_REGISTER + 1, &[1]);
+        assert!(!stop.is_requested());
+        devices.mmio_write(EXIT_REGISTER, &[6, 0, 0, 0]);
+        assert_eq!(stop.outcome(), Some(&Outcome::GuestCode(6)));
 
         let (devices, stop) = self::devices();
         assert_eq!(read(&devices, PVPANIC, 1), 1);
