@@ -31,7 +31,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Boot a kernel; the guest's serial console is on standard input and output.
+    /// Boot a kernel; the guest's serial console is on standard input and output. On a terminal, Ctrl-A x quits and Ctrl-A h helps.
+    ///
+    /// Input that comes before the guest has opened its console may be lost, as on any serial line.
     #[command(after_help = exit::EXIT_CODES_HELP, args_override_self = true)]
     Run(Run),
     /// Show the hypervisor's API version and capabilities.
