@@ -249,7 +249,7 @@ impl<F: Format> NestedTable<F> {
     pub fn lookup<T: Tables>(&self, tables: &T, gfn: Gfn) -> Option<Leaf> {
         let (_, entry, depth) = self.find(tables, gfn)?;
         Some(Leaf {
-            hpa: Hpa(F::address(entry).0 | (gfn.0 & (span(depth) - 1)) << 12),
+            hpa: Hpa(F::address(entry).0 | ((gfn.0 & (span(depth) - 1)) << 12)),
             level: level_at(depth),
             write: entry & F::WRITABLE != 0,
             execute: F::executable(entry),

@@ -187,7 +187,8 @@ impl Context {
             return false;
         }
         let key = (last >> entry::PK_SHIFT) as u32 & 0xF;
-        let (access_disable, write_disable) = (self.pkru >> (2 * key) & 1 != 0, self.pkru >> (2 * key) & 2 != 0);
+        let rights_of_key = self.pkru >> (2 * key);
+        let (access_disable, write_disable) = (rights_of_key & 1 != 0, rights_of_key & 2 != 0);
         let guarded = self.is_user(access) || self.cr0 & cr0::WP != 0;
         access_disable || (write_disable && access.kind == AccessKind::Write && guarded)
     }
@@ -291,7 +292,7 @@ impl<M: GuestMem> Walk<'_, M> {
         let mut rights = u64::MAX;
         let mut shift = top;
         loop {
-            let at = Gpa(table | (self.gva.wrapping_shr(shift) & 0x1FF) << 3);
+            let at = Gpa(table | ((self.gva.wrapping_shr(shift) & 0x1FF) << 3));
             let bits = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
             let reserved_here = if shift >= 39 { reserved | upper } else { reserved };
             if bits & (reserved_here | entry::P) != entry::P {
@@ -338,7 +339,7 @@ impl<M: GuestMem> Walk<'_, M> {
         /// Bits 2-1 and 8-5 of a pointer, and 63-52 of all entries.
         const POINTER_RESERVED: u64 = 0x1E6;
         const HIGH: u64 = 0xFFF0_0000_0000_0000;
-        let at = Gpa((self.context.cr3 & 0xFFFF_FFE0) | (self.gva >> 30 & 3) << 3);
+        let at = Gpa((self.context.cr3 & 0xFFFF_FFE0) | (((self.gva >> 30) & 3) << 3));
         let pointer = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
         let reserved = self.context.reserved() | (HIGH & !entry::NX);
         if pointer & (reserved | HIGH | POINTER_RESERVED | entry::P) != entry::P {
@@ -353,7 +354,7 @@ impl<M: GuestMem> Walk<'_, M> {
         let mut rights = u64::MAX;
         let mut shift = 22;
         loop {
-            let at = Gpa(table | (self.gva.wrapping_shr(shift) & 0x3FF) << 2);
+            let at = Gpa(table | ((self.gva.wrapping_shr(shift) & 0x3FF) << 2));
             let bits = u64::from(self.mem.read_u32(at).map_err(|why| WalkError::Tables(at, why))?);
             let large = shift == 22 && bits & entry::PS != 0 && self.context.cr4 & cr4::PSE != 0;
             let reserved = if large { self.reserved_4m() } else { 0 };
@@ -370,7 +371,7 @@ impl<M: GuestMem> Walk<'_, M> {
                     self.update_u32(at, bits, marks)?;
                 }
                 // PSE-36: bits 20-13 of a 4 MiB entry are bits 39-32 of the address.
-                let high = if large { (bits >> 13 & 0xFF) << 32 } else { 0 };
+                let high = if large { ((bits >> 13) & 0xFF) << 32 } else { 0 };
                 return self.found((bits & 0xFFFF_F000) | high, shift, rights);
             }
             if !bits & self.mark != 0 {
