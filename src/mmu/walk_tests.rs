@@ -283,7 +283,7 @@ fn random_memory(random: &mut Random, mode: u32) -> Memory {
     while base.len() < 0x3000 {
         let r = random.next();
         let one_in = |n: u64, salt: u32| r.rotate_right(salt) % n == 0;
-        let mut e = (r & 0x76) | (random.below(13) << 12) | u64::from(!one_in(24, 3));
+        let mut e = (r & 0x176) | (random.below(13) << 12) | u64::from(!one_in(24, 3));
         if random.below(3) != 0 {
             e |= 6;
         }
@@ -299,6 +299,10 @@ fn random_memory(random: &mut Random, mode: u32) -> Memory {
         }
         if mode != 1 && random.below(2) == 0 {
             e |= (random.next() & 0xF) << 59;
+        }
+        if mode == 1 && random.below(3) == 0 {
+            // Fit for a page-directory pointer.
+            e &= 0xF019;
         }
         if mode != 0 {
             base.extend([e as u32, (e >> 32) as u32]);
