@@ -144,11 +144,11 @@ mod tests {
         assert!(!log.mark(130) && !log.mark(u64::MAX), "past the end");
         let mut copy = [7; 4];
         log.copy(0, &mut copy);
-        assert_eq!(copy, [1 << 63 | 1, 1, 2, 0]);
+        assert_eq!(copy, [(1 << 63) | 1, 1, 2, 0]);
         let (mut out, mut protected) = ([7; 4], Vec::new());
         log.take(1, &mut out, |page, mask| protected.push((page, mask)));
         assert_eq!((out, protected), ([1, 2, 0, 0], std::vec![(64, 1), (128, 2)]));
-        assert_eq!(contents(&storage), [1 << 63 | 1, 0, 0]);
+        assert_eq!(contents(&storage), [(1 << 63) | 1, 0, 0]);
         assert!(log.mark(64));
         log.take(3, &mut out, |_, _| panic!("nothing is there"));
         log.take(u64::MAX, &mut out, |_, _| panic!("nothing is there"));

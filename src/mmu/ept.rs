@@ -27,7 +27,7 @@ impl Format for Ept {
     fn leaf(page: Hpa, level: Level, prot: Prot) -> u64 {
         // Ordinary memory stays write-back whatever the guest's PAT says: nothing snoops past the host's caches.
         let memory_type = match prot.memory_type {
-            MemoryType::WriteBack => ept::TYPE_WB << ept::TYPE_SHIFT | ept::IGNORE_PAT,
+            MemoryType::WriteBack => (ept::TYPE_WB << ept::TYPE_SHIFT) | ept::IGNORE_PAT,
             MemoryType::Uncached => ept::TYPE_UC << ept::TYPE_SHIFT,
         };
         let mut bits = (page.0 & ADDRESS) | ept::R | memory_type;

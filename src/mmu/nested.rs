@@ -12,7 +12,7 @@
 #![forbid(unsafe_code)]
 
 use super::format::{Format, Prot};
-use crate::arch::paging::{Level, ENTRIES, INDEX_BITS};
+use crate::arch::paging::{Level, ADDRESS, ENTRIES, INDEX_BITS};
 use crate::arch::{Gfn, Hpa};
 use core::marker::PhantomData;
 
@@ -91,16 +91,22 @@ struct Place {
     index: usize,
 }
 
+/// log2 of the pages that one entry covers at `depth`. Wrapping, because the kernel would check what cannot happen.
+#[inline]
+const fn shift_of(depth: u32) -> u32 {
+    depth.wrapping_sub(1).wrapping_mul(INDEX_BITS)
+}
+
 /// Index of `gfn` in its table at `depth` (1: the lowest).
 #[inline]
 const fn index_at(gfn: u64, depth: u32) -> usize {
-    (gfn >> (INDEX_BITS * (depth - 1))) as usize & (ENTRIES - 1)
+    gfn.wrapping_shr(shift_of(depth)) as usize & (ENTRIES - 1)
 }
 
 /// Pages that one entry covers at `depth`.
 #[inline]
 const fn span(depth: u32) -> u64 {
-    1 << (INDEX_BITS * (depth - 1))
+    1_u64.wrapping_shl(shift_of(depth))
 }
 
 #[inline]
@@ -217,7 +223,8 @@ impl<F: Format> NestedTable<F> {
             return Err(MapError::BeyondRoot);
         }
         let mut table = self.root;
-        for depth in (2..=self.depth).rev() {
+        let mut depth = self.depth;
+        while depth > 1 {
             let at = Place { table, index: index_at(first.0, depth) };
             let entry = tables.read(at.table, at.index);
             table = match F::present(entry) {
@@ -225,11 +232,13 @@ impl<F: Format> NestedTable<F> {
                 true => F::address(entry),
                 false => self.grow(tables, at)?,
             };
+            depth = depth.wrapping_sub(1);
         }
+        let bits = F::leaf(Hpa(0), Level::Page4K, prot);
         for (index, page) in (index_at(first.0, 1)..ENTRIES).zip(pages) {
             if let Some(page) = page {
                 if !F::present(tables.read(table, index)) {
-                    tables.write(table, index, F::leaf(*page, Level::Page4K, prot));
+                    tables.write(table, index, bits | (page.0 & ADDRESS));
                 }
             }
         }
@@ -240,7 +249,7 @@ impl<F: Format> NestedTable<F> {
     pub fn lookup<T: Tables>(&self, tables: &T, gfn: Gfn) -> Option<Leaf> {
         let (_, entry, depth) = self.find(tables, gfn)?;
         Some(Leaf {
-            hpa: Hpa(F::address(entry).0 | (gfn.0 & (span(depth) - 1)) << 12),
+            hpa: Hpa(F::address(entry).0 | ((gfn.0 & (span(depth) - 1)) << 12)),
             level: level_at(depth),
             write: entry & F::WRITABLE != 0,
             execute: F::executable(entry),
@@ -374,7 +383,8 @@ impl<F: Format> NestedTable<F> {
             return Err(MapError::BeyondRoot);
         }
         let mut table = self.root;
-        for depth in (target + 1..=self.depth).rev() {
+        let mut depth = self.depth;
+        while depth > target {
             let at = Place { table, index: index_at(gfn.0, depth) };
             let entry = tables.read(at.table, at.index);
             table = if !F::present(entry) {
@@ -388,6 +398,7 @@ impl<F: Format> NestedTable<F> {
                 }
                 self.split(tables, at, entry, depth)?
             };
+            depth = depth.wrapping_sub(1);
         }
         Ok(Some(table))
     }
@@ -457,7 +468,8 @@ impl<F: Format> NestedTable<F> {
             return None;
         }
         let mut table = self.root;
-        for depth in (1..=self.depth).rev() {
+        let mut depth = self.depth;
+        loop {
             let at = Place { table, index: index_at(gfn.0, depth) };
             let entry = tables.read(at.table, at.index);
             if is_leaf::<F>(entry, depth) {
@@ -467,8 +479,8 @@ impl<F: Format> NestedTable<F> {
                 return None;
             }
             table = F::address(entry);
+            depth = depth.wrapping_sub(1);
         }
-        None
     }
 
     /// Calls `visit(tables, place, entry, (first frame, frames))` for every page with a frame in the range.
@@ -517,7 +529,7 @@ fn visit_leaves<F: Format, T: Tables>(
         if !F::present(entry) {
             continue;
         }
-        let first = base + ((index as u64) << (INDEX_BITS * (depth - 1)));
+        let first = base + (index as u64).wrapping_shl(shift_of(depth));
         if is_leaf::<F>(entry, depth) {
             visit(tables, Place { table, index }, entry, (first, span(depth)));
         } else {
@@ -555,7 +567,7 @@ impl Zap {
             if !F::present(entry) {
                 continue;
             }
-            let first = base + ((index as u64) << (INDEX_BITS * (depth - 1)));
+            let first = base + (index as u64).wrapping_shl(shift_of(depth));
             let end = first + span(depth);
             if self.budget == 0 {
                 return Some(first);

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::format::{Format, MemoryType, Prot};
-use super::nested::{MapError, Mapped, NestedTable, Tables};
+use super::nested::{MapError, Mapped, NestedTable, Tables, TABLES_PER_MAP};
 use super::{Ept, Npt};
 use crate::arch::paging::{entry, ept, Level, ADDRESS};
 use crate::arch::{Gfn, Hpa};
@@ -311,7 +311,7 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
                 }
             }
             _ => {
-                for n in (0..64).filter(|n| mask >> n & 1 != 0) {
+                for n in (0..64).filter(|n| (mask >> n) & 1 != 0) {
                     if let Some((at, _)) = model.holder(gfn + n) {
                         model.0.get_mut(&at).unwrap().write = false;
                     }
@@ -319,7 +319,7 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
             }
         }
         fake.watch.seen = frames.iter().map(|&g| (g, (before[&g], model.seen(g)))).collect();
-        let retired = fake.retired.len();
+        let (retired, tables) = (fake.retired.len(), fake.pages.len());
         let flush = match choice {
             0..=4 => tree.map(&mut fake, Gfn(gfn), Hpa(hpa), level, prot).unwrap().flush,
             5 => {
@@ -342,6 +342,7 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
             8 => tree.write_protect_range(&mut fake, Gfn(gfn), count),
             _ => tree.write_protect_mask(&mut fake, Gfn(gfn), mask),
         };
+        assert!(fake.pages.len() - tables <= TABLES_PER_MAP);
         let lost = frames.iter().any(|g| match (before[g], model.seen(*g)) {
             (Some((page, write, execute)), Some((now, w, x))) => page != now || (write && !w) || (execute && !x),
             (Some(_), None) => true,

@@ -88,7 +88,7 @@ pub enum WalkError {
     Contended,
 }
 
-/// How often an entry may change under the walker before it gives up.
+/// How often the walk starts again because an entry changed under it, before it gives up.
 const ATTEMPTS: u32 = 16;
 
 /// Translates `gva` for `access`, and sets accessed and dirty bits.
@@ -113,18 +113,15 @@ fn translate_with<M: GuestMem>(
     if context.cr0 & cr0::PG == 0 {
         return Ok(Translation { gpa: Gpa(gva.0), page_bits: 12, writable: true, user: true, executable: true });
     }
-    let walk = Walk { mem, context, gva: gva.0, access };
-    if context.efer & efer::LMA != 0 {
-        let levels = if context.cr4 & cr4::LA57 != 0 { 5 } else { 4 };
-        if !is_canonical(gva.0, INDEX_BITS * levels + 12) {
-            return Err(WalkError::NonCanonical);
+    let walk = Walk { mem, context, gva: gva.0, access, mark: if access.is_some() { entry::A } else { 0 } };
+    let mut result = walk.attempt();
+    for _ in 1..ATTEMPTS {
+        if result != Err(WalkError::Contended) {
+            break;
         }
-        walk.descend(context.cr3 & ADDRESS, levels, context.reserved())
-    } else if context.cr4 & cr4::PAE != 0 {
-        walk.pae()
-    } else {
-        walk.two_level()
+        result = walk.attempt();
     }
+    result
 }
 
 impl Context {
@@ -190,7 +187,8 @@ impl Context {
             return false;
         }
         let key = (last >> entry::PK_SHIFT) as u32 & 0xF;
-        let (access_disable, write_disable) = (self.pkru >> (2 * key) & 1 != 0, self.pkru >> (2 * key) & 2 != 0);
+        let rights_of_key = self.pkru >> (2 * key);
+        let (access_disable, write_disable) = (rights_of_key & 1 != 0, rights_of_key & 2 != 0);
         let guarded = self.is_user(access) || self.cr0 & cr0::WP != 0;
         access_disable || (write_disable && access.kind == AccessKind::Write && guarded)
     }
@@ -202,166 +200,185 @@ struct Walk<'a, M> {
     gva: u64,
     /// `None`: look only.
     access: Option<Access>,
+    /// The accessed bit, or nothing.
+    mark: u64,
 }
 
+/// One walk from the top: [`WalkError::Contended`] when an entry changed meanwhile.
+type Attempt = Result<Translation, WalkError>;
+
 impl<M: GuestMem> Walk<'_, M> {
+    #[inline]
+    fn attempt(&self) -> Attempt {
+        let context = self.context;
+        if context.efer & efer::LMA != 0 {
+            let top = if context.cr4 & cr4::LA57 != 0 { 48 } else { 39 };
+            if !is_canonical(self.gva, top + INDEX_BITS) {
+                return Err(WalkError::NonCanonical);
+            }
+            self.descend(context.cr3 & ADDRESS, top, context.reserved())
+        } else if context.cr4 & cr4::PAE != 0 {
+            self.pae()
+        } else {
+            self.two_level()
+        }
+    }
+
     #[cold]
-    fn fault(&self, code: u32) -> WalkError {
+    fn fault(&self, code: u32) -> Attempt {
         let access = self.access.map_or(0, |access| self.context.access_code(access));
-        WalkError::Fault(Exception::page_fault(code | access, self.gva))
+        Err(WalkError::Fault(Exception::page_fault(code | access, self.gva)))
     }
 
-    /// Checks the access against the last entry; `rights` are those of all entries, with NX inverted.
+    /// For an entry that is not present or has a reserved bit set.
+    #[cold]
+    fn bad_entry(&self, bits: u64) -> Attempt {
+        self.fault(if bits & entry::P == 0 { 0 } else { fault::P | fault::RSVD })
+    }
+
+    /// The page-fault error code if the access is refused. `rights` are those of all entries, with NX inverted.
     #[inline]
-    fn check(&self, rights: u64, last: u64) -> Result<(), WalkError> {
-        let Some(access) = self.access else { return Ok(()) };
+    fn refusal(&self, rights: u64, last: u64) -> Option<u32> {
+        let access = self.access?;
         let key = self.context.key_refuses(access, rights, last);
-        if key || self.context.refuses(access, rights) {
-            return Err(self.fault(fault::P | if key { fault::PK } else { 0 }));
-        }
-        Ok(())
+        (key || self.context.refuses(access, rights)).then_some(fault::P | if key { fault::PK } else { 0 })
     }
 
-    /// The accessed and dirty bits that an entry must have.
+    /// The bits that the entry of the page must have: accessed, and dirty if it is written.
     #[inline]
-    fn marks(&self, last: bool) -> u64 {
+    fn page_marks(&self) -> u64 {
         match self.access {
-            None => 0,
-            Some(Access { kind: AccessKind::Write, .. }) if last => entry::A | entry::D,
-            Some(_) => entry::A,
+            Some(Access { kind: AccessKind::Write, .. }) => entry::A | entry::D,
+            _ => self.mark,
         }
     }
 
+    /// What an update of the entry at `at` came to.
+    fn updated(at: Gpa, result: Result<bool, Refused>) -> Result<(), WalkError> {
+        match result {
+            // Tables in read-only memory work as if their bits were set.
+            Ok(true) | Err(Refused::ReadOnly) => Ok(()),
+            Ok(false) => Err(WalkError::Contended),
+            Err(why) => Err(WalkError::Tables(at, why)),
+        }
+    }
+
+    #[cold]
+    fn update_u64(&self, at: Gpa, bits: u64, marks: u64) -> Result<(), WalkError> {
+        Self::updated(at, self.mem.compare_exchange_u64(at, bits, bits | marks))
+    }
+
+    #[cold]
+    fn update_u32(&self, at: Gpa, bits: u64, marks: u64) -> Result<(), WalkError> {
+        Self::updated(at, self.mem.compare_exchange_u32(at, bits as u32, (bits | marks) as u32))
+    }
+
     #[inline]
-    fn found(&self, base: u64, page_bits: u32, rights: u64) -> Translation {
-        let inside = (1 << page_bits) - 1;
-        Translation {
+    fn found(&self, base: u64, page_bits: u32, rights: u64) -> Attempt {
+        let inside = 1_u64.wrapping_shl(page_bits).wrapping_sub(1);
+        Ok(Translation {
             gpa: Gpa((base & !inside) | (self.gva & inside)),
             page_bits,
             writable: rights & entry::W != 0,
             user: rights & entry::U != 0,
             executable: rights & entry::NX != 0,
-        }
+        })
     }
 
-    /// Tables of 64-bit entries: `levels` of them from the one at `table`.
+    /// Tables of 64-bit entries, from the one at `table`, which the linear address indexes from bit `top` on.
     #[inline]
-    fn descend(&self, mut table: u64, levels: u32, reserved: u64) -> Result<Translation, WalkError> {
+    fn descend(&self, mut table: u64, top: u32, reserved: u64) -> Attempt {
+        let upper = if self.context.upper_global_reserved { entry::G } else { 0 };
         let mut rights = u64::MAX;
-        let mut attempts = ATTEMPTS;
-        let mut level = levels;
+        let mut shift = top;
         loop {
-            let page_bits = 12 + INDEX_BITS * level.wrapping_sub(1);
-            let at = Gpa(table | (self.gva >> page_bits & 0x1FF) << 3);
+            let at = Gpa(table | ((self.gva.wrapping_shr(shift) & 0x1FF) << 3));
             let bits = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
-            if bits & entry::P == 0 {
-                return Err(self.fault(0));
+            let reserved_here = if shift >= 39 { reserved | upper } else { reserved };
+            if bits & (reserved_here | entry::P) != entry::P {
+                return self.bad_entry(bits);
             }
-            let last = level == 1 || bits & entry::PS != 0;
-            if bits & (reserved | self.reserved_at(level, last)) != 0 {
-                return Err(self.fault(fault::P | fault::RSVD));
-            }
-            let rights_here = rights & (bits ^ entry::NX);
-            if last {
-                self.check(rights_here, bits)?;
-            }
-            let marked = bits | self.marks(last);
-            if marked != bits {
-                match self.mem.compare_exchange_u64(at, bits, marked) {
-                    // Tables in read-only memory work as if their bits were set.
-                    Ok(true) | Err(Refused::ReadOnly) => {}
-                    Ok(false) if attempts == 0 => return Err(WalkError::Contended),
-                    Ok(false) => {
-                        attempts -= 1;
-                        continue;
-                    }
-                    Err(why) => return Err(WalkError::Tables(at, why)),
+            rights &= bits ^ entry::NX;
+            if shift == 12 || bits & entry::PS != 0 {
+                if bits & self.reserved_in_page(shift) != 0 {
+                    return self.bad_entry(bits);
                 }
+                if let Some(code) = self.refusal(rights, bits) {
+                    return self.fault(code);
+                }
+                let marks = self.page_marks();
+                if !bits & marks != 0 {
+                    self.update_u64(at, bits, marks)?;
+                }
+                return self.found(bits & ADDRESS, shift, rights);
             }
-            if last {
-                return Ok(self.found(bits & ADDRESS, page_bits, rights_here));
+            if !bits & self.mark != 0 {
+                self.update_u64(at, bits, self.mark)?;
             }
-            rights = rights_here;
             table = bits & ADDRESS;
-            level = level.wrapping_sub(1);
+            shift = shift.wrapping_sub(INDEX_BITS);
         }
     }
 
-    /// Bits reserved at a level besides those reserved everywhere.
+    /// Bits reserved in an entry that maps a page of 2^`shift` bytes, besides those reserved everywhere.
     #[inline]
-    fn reserved_at(&self, level: u32, last: bool) -> u64 {
+    fn reserved_in_page(&self, shift: u32) -> u64 {
         /// Below the address of a large page, without the PAT bit.
         const BELOW_2M: u64 = 0x001F_E000;
         const BELOW_1G: u64 = 0x3FFF_E000;
-        match level {
-            2 if last => BELOW_2M,
-            3 if last && self.context.pages_1g => BELOW_1G,
-            3 if last => entry::PS,
-            4.. if self.context.upper_global_reserved => entry::PS | entry::G,
-            4.. => entry::PS,
-            _ => 0,
+        match shift {
+            12 => 0,
+            21 => BELOW_2M,
+            30 if self.context.pages_1g => BELOW_1G,
+            _ => entry::PS,
         }
     }
 
     /// PAE paging: a page-directory pointer, then two levels.
-    fn pae(&self) -> Result<Translation, WalkError> {
+    fn pae(&self) -> Attempt {
         /// Bits 2-1 and 8-5 of a pointer, and 63-52 of all entries.
         const POINTER_RESERVED: u64 = 0x1E6;
         const HIGH: u64 = 0xFFF0_0000_0000_0000;
-        let at = Gpa((self.context.cr3 & 0xFFFF_FFE0) | (self.gva >> 30 & 3) << 3);
+        let at = Gpa((self.context.cr3 & 0xFFFF_FFE0) | (((self.gva >> 30) & 3) << 3));
         let pointer = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
-        if pointer & entry::P == 0 {
-            return Err(self.fault(0));
-        }
         let reserved = self.context.reserved() | (HIGH & !entry::NX);
-        if pointer & (reserved | HIGH | POINTER_RESERVED) != 0 {
-            return Err(self.fault(fault::P | fault::RSVD));
+        if pointer & (reserved | HIGH | POINTER_RESERVED | entry::P) != entry::P {
+            return self.bad_entry(pointer);
         }
-        self.descend(pointer & ADDRESS, 2, reserved)
+        self.descend(pointer & ADDRESS, 21, reserved)
     }
 
     /// 32-bit paging: two levels of 32-bit entries.
-    fn two_level(&self) -> Result<Translation, WalkError> {
+    fn two_level(&self) -> Attempt {
         let mut table = self.context.cr3 & 0xFFFF_F000;
         let mut rights = u64::MAX;
-        let mut attempts = ATTEMPTS;
-        let mut directory = true;
+        let mut shift = 22;
         loop {
-            let page_bits = if directory { 22 } else { 12 };
-            let at = Gpa(table | (self.gva >> page_bits & 0x3FF) << 2);
+            let at = Gpa(table | ((self.gva.wrapping_shr(shift) & 0x3FF) << 2));
             let bits = u64::from(self.mem.read_u32(at).map_err(|why| WalkError::Tables(at, why))?);
-            if bits & entry::P == 0 {
-                return Err(self.fault(0));
+            let large = shift == 22 && bits & entry::PS != 0 && self.context.cr4 & cr4::PSE != 0;
+            let reserved = if large { self.reserved_4m() } else { 0 };
+            if bits & (reserved | entry::P) != entry::P {
+                return self.bad_entry(bits);
             }
-            let large = directory && bits & entry::PS != 0 && self.context.cr4 & cr4::PSE != 0;
-            let last = large || !directory;
-            if large && bits & self.reserved_4m() != 0 {
-                return Err(self.fault(fault::P | fault::RSVD));
-            }
-            let rights_here = rights & (bits | entry::NX);
-            if last {
-                self.check(rights_here, bits)?;
-            }
-            let marked = bits | self.marks(last);
-            if marked != bits {
-                match self.mem.compare_exchange_u32(at, bits as u32, marked as u32) {
-                    Ok(true) | Err(Refused::ReadOnly) => {}
-                    Ok(false) if attempts == 0 => return Err(WalkError::Contended),
-                    Ok(false) => {
-                        attempts -= 1;
-                        continue;
-                    }
-                    Err(why) => return Err(WalkError::Tables(at, why)),
+            rights &= bits | entry::NX;
+            if large || shift == 12 {
+                if let Some(code) = self.refusal(rights, bits) {
+                    return self.fault(code);
                 }
-            }
-            if last {
+                let marks = self.page_marks();
+                if !bits & marks != 0 {
+                    self.update_u32(at, bits, marks)?;
+                }
                 // PSE-36: bits 20-13 of a 4 MiB entry are bits 39-32 of the address.
-                let high = if large { (bits >> 13 & 0xFF) << 32 } else { 0 };
-                return Ok(self.found((bits & 0xFFFF_F000) | high, page_bits, rights_here));
+                let high = if large { ((bits >> 13) & 0xFF) << 32 } else { 0 };
+                return self.found((bits & 0xFFFF_F000) | high, shift, rights);
             }
-            rights = rights_here;
+            if !bits & self.mark != 0 {
+                self.update_u32(at, bits, self.mark)?;
+            }
             table = bits & 0xFFFF_F000;
-            directory = false;
+            shift = 12;
         }
     }
 

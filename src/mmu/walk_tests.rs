@@ -39,7 +39,7 @@ impl Memory {
             let base = || self.base.get(at as usize / 4).copied();
             u64::from(words.get(&at).copied().or_else(base).unwrap_or(0))
         };
-        word(gpa) | word(gpa + 4) << 32
+        word(gpa) | (word(gpa + 4) << 32)
     }
 
     fn set32(&self, gpa: u64, value: u32) {
@@ -142,7 +142,7 @@ fn fault(code: u32, address: u64) -> Result<Translation, WalkError> {
 
 /// A second walker: first collects the entries, then judges. Sets bits in `memory` directly.
 fn reference(m: &Memory, c: &Context, gva: u64, access: Option<Access>) -> Result<Translation, WalkError> {
-    let set = |value: u64, bit: u32| value >> bit & 1 == 1;
+    let set = |value: u64, bit: u32| (value >> bit) & 1 == 1;
     let page =
         |gpa, bits, w, u, x| Ok(Translation { gpa: Gpa(gpa), page_bits: bits, writable: w, user: u, executable: x });
     if !set(c.cr0, 31) {
@@ -183,7 +183,7 @@ fn reference(m: &Memory, c: &Context, gva: u64, access: Option<Access>) -> Resul
     let (mut all_w, mut all_u, mut any_nx) = (true, true, false);
     for &shift in shifts {
         let (size, mask) = if wide { (8, 511) } else { (4, 1023) };
-        let at = table + (linear >> shift & mask) * size;
+        let at = table + ((linear >> shift) & mask) * size;
         if at >= m.end {
             return Err(WalkError::Tables(Gpa(at), Refused::NotRam));
         }
@@ -236,7 +236,7 @@ fn reference(m: &Memory, c: &Context, gva: u64, access: Option<Access>) -> Resul
         let mut marks = if access.is_some() && !pointer { 0x20 } else { 0 };
         if last && access.is_some() {
             let key = (e >> 59) as u32 & 15;
-            let rights = c.pkru >> (2 * key) & 3;
+            let rights = (c.pkru >> (2 * key)) & 3;
             let keyed = pke && long && all_u && !fetch;
             let pk = keyed && (rights & 1 == 1 || (rights & 2 == 2 && write && (user || set(c.cr0, 16))));
             let allowed = match (user, fetch, write) {
@@ -267,7 +267,7 @@ fn reference(m: &Memory, c: &Context, gva: u64, access: Option<Access>) -> Resul
             if !wide {
                 base &= 0xFFFF_FFFF;
                 if large {
-                    base |= (e >> 13 & 0xFF) << 32;
+                    base |= ((e >> 13) & 0xFF) << 32;
                 }
             }
             return page(base | offset, shift, all_w, all_u, !any_nx);
@@ -283,13 +283,13 @@ fn random_memory(random: &mut Random, mode: u32) -> Memory {
     while base.len() < 0x3000 {
         let r = random.next();
         let one_in = |n: u64, salt: u32| r.rotate_right(salt) % n == 0;
-        let mut e = (r & 0x76) | (random.below(13) << 12) | u64::from(!one_in(24, 3));
+        let mut e = (r & 0x176) | (random.below(13) << 12) | u64::from(!one_in(24, 3));
         if random.below(3) != 0 {
             e |= 6;
         }
         if one_in(5, 7) {
             // Large: mostly with an address that fits.
-            e = (e & 0xFFF) | 0x80 | (random.below(512) << 30 & 0xFF_FFFF_FFFF) | (random.below(2) << 21);
+            e = (e & 0xFFF) | 0x80 | ((random.below(512) << 30) & 0xFF_FFFF_FFFF) | (random.below(2) << 21);
         }
         if one_in(6, 11) {
             e |= 1 << 63;
@@ -299,6 +299,10 @@ fn random_memory(random: &mut Random, mode: u32) -> Memory {
         }
         if mode != 1 && random.below(2) == 0 {
             e |= (random.next() & 0xF) << 59;
+        }
+        if mode == 1 && random.below(3) == 0 {
+            // Fit for a page-directory pointer.
+            e &= 0xF019;
         }
         if mode != 0 {
             base.extend([e as u32, (e >> 32) as u32]);
@@ -319,8 +323,8 @@ fn agrees_with_the_reference() {
         let pristine = random_memory(&mut random, mode);
         for _ in 0..500 {
             let bits = random.next();
-            let on = |bit: u32, mask: u64| if bits >> bit & 1 == 1 { mask } else { 0 };
-            let often = |bit: u32, mask: u64| if bits >> bit & 7 != 0 { mask } else { 0 };
+            let on = |bit: u32, mask: u64| if (bits >> bit) & 1 == 1 { mask } else { 0 };
+            let often = |bit: u32, mask: u64| if (bits >> bit) & 7 != 0 { mask } else { 0 };
             let access = match random.below(8) {
                 n @ 0..=5 => Some(ALL[n as usize]),
                 6 => Some(Access::WRITE),
@@ -328,7 +332,7 @@ fn agrees_with_the_reference() {
             };
             let context = Context {
                 cr0: cr0::PE | if mode == 4 && on(0, 1) == 0 { 0 } else { cr0::PG } | on(1, cr0::WP),
-                cr3: random.below(13) << 12 | if mode == 1 { random.below(128) << 5 } else { 0 },
+                cr3: (random.below(13) << 12) | if mode == 1 { random.below(128) << 5 } else { 0 },
                 cr4: on(2, cr4::PSE)
                     | on(4, cr4::SMEP)
                     | on(5, cr4::SMAP)
@@ -338,7 +342,7 @@ fn agrees_with_the_reference() {
                 efer: often(8, efer::NXE) | if mode >= 2 { efer::LMA } else { 0 },
                 rflags: on(12, rflags::AC),
                 pkru: random.next() as u32 & random.next() as u32,
-                cpl: if on(13, 1) != 0 { 3 } else { (bits >> 14 & 3) as u8 },
+                cpl: if on(13, 1) != 0 { 3 } else { ((bits >> 14) & 3) as u8 },
                 physical_bits: [32, 36, 40, 46, 52][random.below(5) as usize],
                 pages_1g: often(20, 1) != 0,
                 upper_global_reserved: on(24, 1) != 0,
@@ -406,7 +410,7 @@ fn agrees_with_the_reference() {
 fn four_levels() {
     let memory = Memory::new();
     let gva = 0xFFFF_8123_4567_89AB_u64;
-    let index = |level: u32| (gva >> (12 + 9 * level) & 511) * 8;
+    let index = |level: u32| ((gva >> (12 + 9 * level)) & 511) * 8;
     memory.set(0x1000 + index(3), 0x2007);
     memory.set(0x2000 + index(2), 0x3007);
     memory.set(0x3000 + index(1), 0x4007);
@@ -437,7 +441,7 @@ fn four_levels() {
 /// One 2 MiB user page with key 3 at linear address 0, its entry given; what each access gives.
 #[test]
 fn permissions() {
-    let base = 0x20_0000_u64 | 3 << 59;
+    let base = 0x20_0000_u64 | (3 << 59);
     let smap = cr4::SMAP | cr4::SMEP;
     // (entry bits, CR0.WP, more CR4, PKRU, CPL, RFLAGS.AC) and the error code of read, write, execute, implicit read.
     type Row = (u64, bool, u64, u32, u8, bool, [Option<u32>; 4]);
@@ -448,7 +452,7 @@ fn permissions() {
         (0x85, false, 0, 0, 0, false, [None; 4]),
         (0x85, false, 0, 0, 3, false, [None, Some(7), None, None]),
         (0x83, true, 0, 0, 3, false, [Some(5), Some(7), Some(0x15), None]),
-        (0x87 | 1 << 63, true, 0, 0, 0, false, [None, None, Some(0x11), None]),
+        (0x87 | (1 << 63), true, 0, 0, 0, false, [None, None, Some(0x11), None]),
         (0x87, true, smap, 0, 0, false, [Some(1), Some(3), Some(0x11), Some(1)]),
         (0x87, true, smap, 0, 0, true, [None, None, Some(0x11), Some(1)]),
         (0x87, true, smap, 0, 3, true, [None, None, None, Some(1)]),
@@ -488,16 +492,16 @@ fn reserved_bits() {
     // (table address of the entry, entry) with MAXPHYADDR 40, NXE on, 1 GiB pages.
     for (at, bits) in [
         (0x1000, 0x2007 | 0x80),
-        (0x1000, 0x2007 | 1 << 40),
-        (0x1000, 0x2007 | 1 << 51),
-        (0x2000, 0x4000_0087 | 1 << 13),
-        (0x2000, 0x4000_0087 | 1 << 29),
-        (0x3000, 0x20_0087 | 1 << 20),
-        (0x4000, 0x5007 | 1 << 45),
+        (0x1000, 0x2007 | (1 << 40)),
+        (0x1000, 0x2007 | (1 << 51)),
+        (0x2000, 0x4000_0087 | (1 << 13)),
+        (0x2000, 0x4000_0087 | (1 << 29)),
+        (0x3000, 0x20_0087 | (1 << 20)),
+        (0x4000, 0x5007 | (1 << 45)),
     ] {
         let memory = Memory::new();
         for level in 1..=4 {
-            memory.set(level << 12, (level + 1) << 12 | 7);
+            memory.set(level << 12, ((level + 1) << 12) | 7);
         }
         assert!(walk(&memory, &long_mode(), Gva(0x77), Access::READ).is_ok());
         memory.set(at, bits);
@@ -506,8 +510,8 @@ fn reserved_bits() {
     }
     // Bits 52 to 62 are free for software, and NX counts only with NXE.
     let memory = Memory::new();
-    memory.set(0x1000, 0x2007 | 0x7FF << 52);
-    memory.set(0x2000, 0x87 | 1 << 63 | 1 << 12);
+    memory.set(0x1000, 0x2007 | (0x7FF << 52));
+    memory.set(0x2000, 0x87 | (1 << 63) | (1 << 12));
     let mut context = long_mode();
     assert!(walk(&memory, &context, Gva(0), Access::READ).is_ok());
     context.efer &= !efer::NXE;
@@ -523,7 +527,7 @@ fn legacy_modes() {
     assert_eq!(walk(&memory, &context, Gva(0x1_2345_6789), Access::WRITE).map(|t| t.gpa), Ok(Gpa(0x1_2345_6789)));
     context.cr0 |= cr0::PG;
     // A 4 MiB page above 4 GiB, but only with CR4.PSE; without it the same entry refers to a table.
-    memory.set32(0x1000 + 4, 0x0080_0000 | 0x12 << 13 | 0x83);
+    memory.set32(0x1000 + 4, 0x0080_0000 | (0x12 << 13) | 0x83);
     context.cr4 = cr4::PSE;
     let large = walk(&memory, &context, Gva(0x40_1234), Access::WRITE).unwrap();
     assert_eq!((large.gpa, large.page_bits), (Gpa(0x12_0080_1234), 22));
@@ -532,7 +536,7 @@ fn legacy_modes() {
     memory.set32(0x0082_4000 + 4, 0x5003);
     assert_eq!(walk(&memory, &context, Gva(0x40_1234), Access::READ).map(|t| t.gpa), Ok(Gpa(0x5234)));
     context.cr4 = cr4::PSE;
-    memory.set32(0x1004, 0x0080_0083 | 1 << 21);
+    memory.set32(0x1004, 0x0080_0083 | (1 << 21));
     assert_eq!(walk(&memory, &context, Gva(0x40_1234), Access::READ), fault(9, 0x40_1234));
     // PAE: the pointer table is 32-byte aligned, its entries have neither permissions nor accessed bits.
     context.cr4 = cr4::PAE;
@@ -543,12 +547,12 @@ fn legacy_modes() {
     assert_eq!(walk(&memory, &context, Gva(0xFFFF_FFFF), Access::WRITE).map(|t| t.gpa), Ok(Gpa(0xBF_FFFF)));
     assert_eq!(memory.get(0x6020 + 3 * 8), 0x7001);
     for reserved in [1, 2, 5, 8, 40, 52, 63] {
-        memory.set(0x6020 + 3 * 8, 0x7001 | 1 << reserved);
+        memory.set(0x6020 + 3 * 8, 0x7001 | (1 << reserved));
         assert_eq!(walk(&memory, &context, Gva(0xFFFF_FFFF), Access::READ), fault(0xD, 0xFFFF_FFFF), "{reserved}");
     }
     // Bits 62 to 52 are reserved in PAE entries, too.
     memory.set(0x6020 + 3 * 8, 0x7001);
-    memory.set(0x7000 + 511 * 8, 0xA0_0000 | 0x87 | 1 << 60);
+    memory.set(0x7000 + 511 * 8, 0xA0_0000 | 0x87 | (1 << 60));
     assert_eq!(walk(&memory, &context, Gva(0xFFFF_FFFF), Access::READ), fault(0xD, 0xFFFF_FFFF));
 }
 
