@@ -155,9 +155,12 @@ impl Pic {
         self.chips[0].imr as u16 | (self.chips[1].imr as u16) << 8
     }
 
-    /// A source drives the line of `pin` (0 to 15; others are ignored). True: the output rose.
+    /// A source drives the line of `pin` (0 to 15 but for the cascade's 2; others are ignored). True: the output rose.
     pub fn set_line(&mut self, pin: u8, source: LineSource, level: bool) -> (LineStatus, bool) {
-        let Some(lines) = self.lines.get_mut(pin as usize) else { return (LineStatus::Ignored, false) };
+        let lines = match self.lines.get_mut(pin as usize) {
+            Some(lines) if pin != CASCADE => lines,
+            _ => return (LineStatus::Ignored, false),
+        };
         *lines = source.apply(*lines, level);
         let high = *lines != 0;
         let status = self.chips[(pin >> 3) as usize & 1].set_line(pin & 7, high);
@@ -236,6 +239,10 @@ impl Pic {
             let pin = state.request(chip == 0);
             if let Some(pin) = pin {
                 self.take(chip, pin, &mut work);
+            }
+            if chip == 1 {
+                // Its request is served; another one raises the cascade again.
+                self.chips[0].irr &= !(1 << CASCADE);
             }
             work.raised = self.update();
             pin.map_or(7, |pin| 0x80 | pin)
