@@ -21,7 +21,7 @@ pub const PINS: u8 = 24;
 /// Length of the register window, in bytes.
 pub const WINDOW_BYTES: u64 = 0x100;
 const DEFAULT_BASE: u64 = 0xFEC0_0000;
-const VERSION: u32 = 0x11 | (PINS as u32 - 1) << 16;
+const VERSION: u32 = 0x11 | ((PINS as u32 - 1) << 16);
 const ALL_PINS: u32 = (1 << PINS) - 1;
 
 const SELECT: u32 = 0x00;
@@ -186,7 +186,7 @@ impl Ioapic {
         let mut vectors = Bits256::EMPTY;
         for pin in 0..PINS {
             let entry = self.entries[slot(pin)];
-            if entry.has(Entry::LEVEL) || (listened | self.resampling) & 1 << pin != 0 {
+            if entry.has(Entry::LEVEL) || (listened | self.resampling) & (1 << pin) != 0 {
                 vectors.set(entry.vector());
             }
         }
@@ -343,9 +343,9 @@ impl Ioapic {
         let entry = &mut self.entries[slot(pin)];
         let was_masked = entry.has(Entry::MASKED);
         if upper {
-            entry.0 = (entry.0 & 0xFFFF_FFFF) | (value as u64) << 32;
+            entry.0 = (entry.0 & 0xFFFF_FFFF) | ((value as u64) << 32);
         } else {
-            entry.0 = (entry.0 & (0xFFFF_FFFF << 32 | READ_ONLY)) | (value as u64 & !READ_ONLY);
+            entry.0 = (entry.0 & ((0xFFFF_FFFF << 32) | READ_ONLY)) | (value as u64 & !READ_ONLY);
         }
         let level = entry.has(Entry::LEVEL);
         if !level {

@@ -152,7 +152,7 @@ impl Pic {
 
     /// Interrupt masks of pins 0 to 15.
     pub const fn masks(&self) -> u16 {
-        self.chips[0].imr as u16 | (self.chips[1].imr as u16) << 8
+        self.chips[0].imr as u16 | ((self.chips[1].imr as u16) << 8)
     }
 
     /// A source drives the line of `pin` (0 to 15 but for the cascade's 2; others are ignored). True: the output rose.

@@ -186,10 +186,10 @@ impl Channel {
     fn latch_status(&mut self, now_ns: u64) {
         if self.state.status_latched == 0 {
             let null_count = self.phase == Phase::Idle;
-            self.state.status = (self.out(now_ns) as u8) << 7
-                | (null_count as u8) << 6
-                | (self.state.rw_mode & 3) << 4
-                | (self.state.mode & 7) << 1
+            self.state.status = ((self.out(now_ns) as u8) << 7)
+                | ((null_count as u8) << 6)
+                | ((self.state.rw_mode & 3) << 4)
+                | ((self.state.mode & 7) << 1)
                 | (self.state.bcd & 1);
             self.state.status_latched = 1;
         }
@@ -245,7 +245,7 @@ impl Channel {
             }
             WORD_HIGH => {
                 self.state.write_state = WORD;
-                self.state.write_latch as u32 | (value as u32) << 8
+                self.state.write_latch as u32 | ((value as u32) << 8)
             }
             _ => value as u32,
         };
@@ -429,9 +429,9 @@ impl Pit {
         // The refresh clock toggles about every 15 us.
         let refresh = (now_ns >> 14) as u8 & 1;
         channel.state.gate & 1
-            | ((self.flags & FLAG_SPEAKER_DATA_ON != 0) as u8) << 1
-            | refresh << 4
-            | (channel.out(now_ns) as u8) << 5
+            | (((self.flags & FLAG_SPEAKER_DATA_ON != 0) as u8) << 1)
+            | (refresh << 4)
+            | ((channel.out(now_ns) as u8) << 5)
     }
 
     /// OUT to port 61h: bit 0 is the gate of channel 2, bit 1 the speaker.

@@ -75,13 +75,13 @@ impl Msi {
         let high = if wide_ids { self.address_hi & !0xFF } else { 0 };
         Message {
             dest: (self.address_lo >> 12) & 0xFF | high,
-            dest_mode: DestMode::from_logical(self.address_lo & 1 << 2 != 0),
+            dest_mode: DestMode::from_logical(self.address_lo & (1 << 2) != 0),
             shorthand: Shorthand::None,
             delivery: DeliveryMode::from_bits(self.data >> 8),
             vector: self.data as u8,
-            trigger: Trigger::from_level(self.data & 1 << 15 != 0),
+            trigger: Trigger::from_level(self.data & (1 << 15) != 0),
             assert: true,
-            redirection_hint: self.address_lo & 1 << 3 != 0,
+            redirection_hint: self.address_lo & (1 << 3) != 0,
         }
     }
 }

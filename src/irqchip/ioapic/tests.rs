@@ -25,7 +25,7 @@ fn entry(ioapic: &mut Ioapic, pin: u8) -> u64 {
     select(ioapic, 0x11 + 2 * pin);
     let upper = ioapic.read(WINDOW, 4);
     select(ioapic, 0x10 + 2 * pin);
-    upper << 32 | ioapic.read(WINDOW, 4)
+    (upper << 32) | ioapic.read(WINDOW, 4)
 }
 
 fn eoi(vector: u8) -> Eoi {
@@ -74,7 +74,7 @@ fn registers() {
 #[test]
 fn entries_and_messages() {
     let mut ioapic = Ioapic::new();
-    let work = program(&mut ioapic, 4, 0xA500_0000_0000_0000 | 1 << 11 | 1 << 8 | 0x41);
+    let work = program(&mut ioapic, 4, 0xA500_0000_0000_0000 | (1 << 11) | (1 << 8) | 0x41);
     assert_eq!((work.mask_changed, work.entry_changed, work.message), (Some((4, false)), true, None));
     let work = ioapic.set_line(4, User, true);
     assert_eq!(
@@ -241,7 +241,7 @@ fn save_and_restore() {
     }
     let state = ioapic.save();
     // An edge that was delivered is over; a level is not.
-    assert_eq!(state.irr, 1 << 2 | 1 << 3);
+    assert_eq!(state.irr, (1 << 2) | (1 << 3));
     assert_eq!(state.redirtbl[2], LEVEL | REMOTE_IRR | 0x32);
     assert_eq!((state.base_address, state.ioregsel), (0xFEC0_0000, 0x16));
     let mut copy = Ioapic::new();
@@ -273,7 +273,7 @@ fn random_actions() {
                     let work = ioapic.set_line(pin, source, high);
                     assert_eq!(
                         work.message.is_some(),
-                        work.status == LineStatus::Delivered && ioapic.irr & 1 << (pin & 31) != 0
+                        work.status == LineStatus::Delivered && ioapic.irr & (1 << (pin & 31)) != 0
                     );
                     if let Some(message) = work.message {
                         let was = before.entries[slot(pin)];
@@ -295,7 +295,7 @@ fn random_actions() {
                     let vector = random.next() as u8 & !0x70;
                     let work = ioapic.eoi(Eoi { vector, level: random.flip(), broadcast: random.flip() });
                     assert_eq!(work.again & !work.acknowledged, 0);
-                    for pin in (0..PINS).filter(|pin| work.again & 1 << pin != 0) {
+                    for pin in (0..PINS).filter(|pin| work.again & (1 << pin) != 0) {
                         assert_eq!(ioapic.service(pin).unwrap().vector, vector);
                     }
                 }
@@ -315,7 +315,7 @@ fn random_actions() {
             assert!(ioapic.entries[PINS as usize..].iter().all(|entry| *entry == Entry(MASKED)));
             assert_eq!(ioapic.irr & !ALL_PINS, 0);
             for pin in (0..PINS).filter(|&pin| ioapic.lines[slot(pin)] == 0) {
-                assert_eq!(ioapic.irr & 1 << pin, 0);
+                assert_eq!(ioapic.irr & (1 << pin), 0);
             }
         }
     }

@@ -55,7 +55,7 @@ impl Lapic {
                 return self.send_ipi();
             }
             regs::ICR2 => {
-                self.icr = (self.icr & LOW_HALF) | (value as u64 & 0xFF00_0000) << 32;
+                self.icr = (self.icr & LOW_HALF) | ((value as u64 & 0xFF00_0000) << 32);
                 return LapicWork::default();
             }
             regs::ID => {
@@ -225,7 +225,7 @@ impl Lapic {
         let x2apic = self.is_x2apic();
         let message = Message {
             dest: if x2apic { (self.icr >> 32) as u32 } else { (self.icr >> 56) as u32 },
-            dest_mode: DestMode::from_logical(low & 1 << 11 != 0),
+            dest_mode: DestMode::from_logical(low & (1 << 11) != 0),
             shorthand: match (low >> 18) & 3 {
                 0 => Shorthand::None,
                 1 => Shorthand::Me,
@@ -234,8 +234,8 @@ impl Lapic {
             },
             delivery: DeliveryMode::from_bits(low >> 8),
             vector: low as u8,
-            trigger: Trigger::from_level(low & 1 << 15 != 0),
-            assert: low & 1 << 14 != 0,
+            trigger: Trigger::from_level(low & (1 << 15) != 0),
+            assert: low & (1 << 14) != 0,
             redirection_hint: false,
         };
         if message.is_deassert() {

@@ -237,7 +237,7 @@ impl Lapic {
 
     const fn version(&self) -> u32 {
         let last = if self.features.cmci { 6 } else { 5 };
-        VERSION_ID | last << 16 | if self.features.directed_eoi { VERSION_DIRECTED_EOI } else { 0 }
+        VERSION_ID | (last << 16) | if self.features.directed_eoi { VERSION_DIRECTED_EOI } else { 0 }
     }
 
     const fn timer_modes(&self) -> u32 {
@@ -284,7 +284,7 @@ impl Lapic {
         *self.irr.word_mut(index) |= legal;
         let tmr = self.tmr.word_mut(index);
         *tmr = (*tmr & !legal) | (levels & legal);
-        let highest = (index as u8 & 3) << 6 | (63 - legal.leading_zeros()) as u8;
+        let highest = ((index as u8 & 3) << 6) | (63 - legal.leading_zeros()) as u8;
         self.highest_irr = self.highest_irr.max(highest);
     }
 

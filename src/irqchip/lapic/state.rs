@@ -97,7 +97,7 @@ impl Lapic {
         self.update_ppr();
         self.esr = get(state, regs::ESR);
         self.errors = 0;
-        let icr = get(state, regs::ICR) as u64 | (get(state, regs::ICR2) as u64) << 32;
+        let icr = get(state, regs::ICR) as u64 | ((get(state, regs::ICR2) as u64) << 32);
         self.icr = icr & !ICR_BUSY;
         for lvt in Lvt::ALL {
             self.lvt[lvt as usize & 7] = get(state, lvt.offset()) & lvt.writable(self.timer_modes());

@@ -340,7 +340,7 @@ fn x2apic_msrs() {
     assert_eq!((ipi.dest, ipi.vector), (0x1234_5678, 0x77));
     assert_eq!(lapic.read_msr(MSR + 0x30, 0), Ok(0x1234_5678_0000_4077));
     // To itself by its ID, and by SELF IPI: no message.
-    assert_eq!(lapic.write_msr(MSR + 0x30, 3 << 32 | 0x4041, 0).unwrap().ipi, None);
+    assert_eq!(lapic.write_msr(MSR + 0x30, (3 << 32) | 0x4041, 0).unwrap().ipi, None);
     assert_eq!(lapic.write_msr(MSR + 0x3F, 0x42, 0).unwrap(), LapicWork::default());
     assert_eq!(lapic.highest_pending(), Some(0x42));
     lapic.acknowledge(0x42);
@@ -370,7 +370,9 @@ fn base_transitions() {
         }
         let mut lapic = plain();
         let _ = lapic.write_base(base | from_bits, 40, true).unwrap();
-        for bad in [BASE_X2APIC, BASE_ENABLE | 1, BASE_ENABLE | 1 << 9, BASE_ENABLE | 1 << 40, BASE_ENABLE | 1 << 63] {
+        for bad in
+            [BASE_X2APIC, BASE_ENABLE | 1, BASE_ENABLE | (1 << 9), BASE_ENABLE | (1 << 40), BASE_ENABLE | (1 << 63)]
+        {
             for by_host in [false, true] {
                 assert_eq!(lapic.clone().write_base(base | bad, 40, by_host), Err(Gp));
             }

@@ -189,7 +189,7 @@ impl Timer {
 
 /// log2 of the divisor that a divide configuration stands for: bits 3, 1 and 0; 111b divides by 1.
 const fn divide_shift(register: u32) -> u32 {
-    let code = (register & 3) | (register & 8) >> 1;
+    let code = (register & 3) | ((register & 8) >> 1);
     (code + 1) & 7
 }
 

@@ -156,7 +156,7 @@ fn automatic_eoi() {
     assert_eq!((vector, work.acknowledged), (0x34, 1 << 4));
     assert_eq!(irr_isr(&mut pic, 0x20), (0, 0));
     raise(&mut pic, 9);
-    assert_eq!(pic.acknowledge().1.acknowledged, 1 << 9 | 1 << 2);
+    assert_eq!(pic.acknowledge().1.acknowledged, (1 << 9) | (1 << 2));
     // Rotating.
     let _ = out(&mut pic, 0x20, 0x80);
     raise(&mut pic, 0);

@@ -8,7 +8,7 @@ const SECOND: u64 = 1_000_000_000;
 
 /// Programs a channel with both bytes; the control word is `channel << 6 | 30h | mode << 1`.
 fn program(pit: &mut Pit, channel: u8, mode: u8, count: u16, now_ns: u64) {
-    pit.write(0x43, channel << 6 | 0x30 | mode << 1, now_ns);
+    pit.write(0x43, (channel << 6) | 0x30 | (mode << 1), now_ns);
     let [low, high] = count.to_le_bytes();
     pit.write(0x40 + channel as u16, low, now_ns);
     assert_eq!(pit.write(0x40 + channel as u16, high, now_ns), channel == 0);
@@ -126,7 +126,7 @@ fn short_periods_are_lengthened() {
     let mut pit = Pit::new();
     program(&mut pit, 0, 2, 2, 0);
     let due = pit.deadline_ns().unwrap();
-    assert!(due >= MIN_TIMER_PERIOD_NS && due < MIN_TIMER_PERIOD_NS + 1000);
+    assert!((MIN_TIMER_PERIOD_NS..MIN_TIMER_PERIOD_NS + 1000).contains(&due));
     // A single shot may be short.
     program(&mut pit, 0, 0, 2, 0);
     assert_eq!(pit.deadline_ns(), Some(at(2)));
@@ -183,13 +183,13 @@ fn read_back() {
     program(&mut pit, 0, 2, 0x2000, 0);
     program(&mut pit, 2, 0, 0x3000, 0);
     // Status and count of 0 and 2.
-    assert!(!pit.write(0x43, 0xC0 | 1 << 1 | 1 << 3, 0));
-    assert_eq!(pit.read(0x40, 0), 0x80 | 0x30 | 2 << 1);
+    assert!(!pit.write(0x43, 0xC0 | (1 << 1) | (1 << 3), 0));
+    assert_eq!(pit.read(0x40, 0), 0x80 | 0x30 | (2 << 1));
     assert_eq!((pit.read(0x40, at(5)), pit.read(0x40, at(5))), (0, 0x20));
     assert_eq!(pit.read(0x42, 0), 0x30);
     // Only status; the count has not come yet after a control word.
     pit.write(0x43, 0xB0, 0);
-    pit.write(0x43, 0xE0 | 1 << 3, 0);
+    pit.write(0x43, 0xE0 | (1 << 3), 0);
     assert_eq!(pit.read(0x42, 0), 0x40 | 0x30);
     // Bits 5 and 4 set: nothing is latched.
     let before = pit.clone();
