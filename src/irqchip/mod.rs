@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 mod bits;
+#[cfg(test)]
+mod board;
 pub mod dest;
 pub mod ioapic;
 pub mod lapic;

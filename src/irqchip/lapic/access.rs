@@ -3,7 +3,7 @@
 //!
 //! xAPIC: SDM "Local APIC Register Address Map". A register is read by 1, 2 or 4 bytes inside its first 4 bytes and written by
 //! 4 aligned ones; any other access reads 0 or does nothing, as in KVM. A register that does not exist sets the ESR's
-//! "illegal register address". Outside xAPIC mode the window reads all ones and ignores writes.
+//! "illegal register address" (below 400h). Outside xAPIC mode the window reads all ones and ignores writes.
 //! x2APIC: SDM "x2APIC Register Address Space". A register that does not exist, a reserved bit, a write of
 //! a read-only register and a read of a write-only one: #GP.
 #![forbid(unsafe_code)]
@@ -36,7 +36,7 @@ impl Lapic {
         match self.read_register(offset & !0xF, now_ns) {
             Some(value) => (value as u64 >> (8 * at)) & (u64::MAX >> (64 - 8 * size_bytes as u32)),
             None => {
-                self.raise_error(ESR_ILLEGAL_REGISTER);
+                self.refuse(offset);
                 0
             }
         }
@@ -73,9 +73,16 @@ impl Lapic {
             _ => self.write_register(offset, value, now_ns),
         };
         written.unwrap_or_else(|Refused| {
-            self.raise_error(ESR_ILLEGAL_REGISTER);
+            self.refuse(offset);
             LapicWork::default()
         })
+    }
+
+    /// There is no such register. AMD's extended ones, which a guest on an AMD CPU may look for, are passed over.
+    fn refuse(&mut self, offset: u32) {
+        if offset < 0x400 {
+            self.raise_error(ESR_ILLEGAL_REGISTER);
+        }
     }
 
     /// RDMSR of an x2APIC register, 800h to 8FFh.
