@@ -85,8 +85,9 @@ impl Board {
     }
 
     fn set_gsi(&mut self, gsi: u32, source: LineSource, level: bool) {
-        for route in lookup(&self.routes, &self.starts, gsi).to_vec() {
-            match route.target {
+        let routes = lookup(&self.routes, &self.starts, gsi);
+        for target in routes.iter().map(|route| route.target).collect::<Vec<_>>() {
+            match target {
                 Target::Pic(pin) => {
                     if self.pic.set_line(pin, source, level).1 {
                         self.cpus[0].inbox.post_pic();

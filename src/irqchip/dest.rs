@@ -25,8 +25,8 @@ pub enum LogicalModel {
 
 /// What the world may know of a local APIC, in one word. All zero: no APIC, matches nothing.
 ///
-/// Bits 0-31 x2APIC ID, 32-39 xAPIC ID, 40-47 xAPIC logical ID, 48-49 logical model, 50 x2APIC mode, 51 globally enabled,
-/// 52 software enabled, 53 takes interrupts from the 8259A.
+/// Bits 0-31 x2APIC ID, 32-39 xAPIC ID, 40-47 xAPIC logical ID, 48-49 logical model, 50 x2APIC mode, 51 globally
+/// enabled, 52 software enabled, 53 takes interrupts from the 8259A.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ApicCard(u64);
 

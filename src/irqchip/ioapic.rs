@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! I/O APIC with 24 pins, after the 82093AA ("82093AA I/O Advanced Programmable Interrupt Controller") at version 11h.
 //!
-//! As in KVM: polarity is stored and ignored (a line is its logical level), the ID is only stored, an edge that arrives while
-//! its pin is masked is lost, a pin's line is high while any of its sources holds it high.
-//! Not supported: the EOI register of version 20h; delivery status (always idle); KVM's counting of RTC interrupts
-//! that were not acknowledged yet, for userspace that replays lost ticks.
+//! As in KVM: polarity is stored and ignored (a line is its logical level), the ID is only stored, an edge that arrives
+//! while its pin is masked is lost, a pin's line is high while any of its sources holds it high.
+//! Not supported: the EOI register of version 20h; delivery status (always idle); KVM's counting of RTC interrupts that
+//! were not acknowledged yet, for userspace that replays lost ticks.
 //!
-//! A message that this model returns counts as accepted. If no local APIC takes it, say so with [`Ioapic::not_accepted`].
+//! A message that this model returns counts as accepted. If no local APIC takes it, say so with
+//! [`Ioapic::not_accepted`].
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
@@ -27,8 +28,8 @@ const ALL_PINS: u32 = (1 << PINS) - 1;
 const SELECT: u32 = 0x00;
 const WINDOW: u32 = 0x10;
 
-/// How long a pin that interrupts again after every EOI is held back, in nanoseconds, and after how many in a row.
-/// Real hardware is slower than this model: without a pause, a guest that cannot silence a device makes no progress at all.
+/// How long a pin that interrupts again after every EOI is held back, in nanoseconds, and after how many in a row. Real
+/// hardware is slower than this model: without a pause, a guest that cannot silence a device makes no progress at all.
 pub const STORM_PAUSE_NS: u64 = 10_000_000;
 const STORM_COUNT: u16 = 10_000;
 
@@ -112,8 +113,8 @@ pub struct WriteWork {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct EoiWork {
-    /// These pins were acknowledged: signal their resample eventfds (the resampling sources have let go of the line in this
-    /// model; let them go at the 8259A too), and tell the PIT.
+    /// These pins were acknowledged: signal their resample eventfds (the resampling sources have let go of the line in
+    /// this model; let them go at the 8259A too), and tell the PIT.
     pub acknowledged: u32,
     /// Call [`Ioapic::service`] for these pins: their line is still high.
     pub again: u32,

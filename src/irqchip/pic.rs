@@ -2,10 +2,10 @@
 //! Two cascaded 8259A interrupt controllers, and their edge/level control registers. Intel "8259A Programmable
 //! Interrupt Controller" data sheet; ELCR as in the PIIX4.
 //!
-//! As in KVM: ICW1's "level triggered" and "single" bits are ignored (the ELCR decides), ICW3 is ignored (the slave is on pin 2),
-//! ICW2 keeps its upper five bits, an access of other than one byte reads 0 or does nothing. Beyond KVM, from the
-//! data sheet: a poll sets the in-service bit as an acknowledge does, and special mask mode works. ICW1 clears the ISR,
-//! as in QEMU and Bochs; a guest that restarts in the middle of a handler would never see an interrupt again.
+//! As in KVM: ICW1's "level triggered" and "single" bits are ignored (the ELCR decides), ICW3 is ignored (the slave is
+//! on pin 2), ICW2 keeps its upper five bits, an access of other than one byte reads 0 or does nothing. Beyond KVM,
+//! from the data sheet: a poll sets the in-service bit as an acknowledge does, and special mask mode works. ICW1 clears
+//! the ISR, as in QEMU and Bochs; a guest that restarts in the middle of a handler would never see an interrupt again.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]

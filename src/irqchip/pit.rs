@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
-//! 8254 timer: three channels, and port 61h's gate and speaker bits. Intel "8254 Programmable Interval Timer" data sheet.
+//! 8254 timer: three channels, and port 61h's gate and speaker bits. Intel "8254 Programmable Interval Timer" data
+//! sheet.
 //!
-//! Channel 0 interrupts by a short pulse on GSI 0. Its schedule is exact: the nth interrupt of a periodic mode is computed from
-//! the load, so nothing drifts; periods below [`MIN_TIMER_PERIOD_NS`] are lengthened.
-//! With reinjection (the default), a tick that comes before the last one was acknowledged waits and follows that
-//! acknowledgement; without, it is dropped.
+//! Channel 0 interrupts by a short pulse on GSI 0. Its schedule is exact: the nth interrupt of a periodic mode is
+//! computed from the load, so nothing drifts; periods below [`MIN_TIMER_PERIOD_NS`] are lengthened. With reinjection
+//! (the default), a tick that comes before the last one was acknowledged waits and follows that acknowledgement;
+//! without, it is dropped.
 //!
 //! As in KVM: BCD counting is stored and ignored, a new count takes effect at once in every mode, restoring restarts
-//! all counts. A control word stops the channel until its count is loaded, and modes 1 and 5 wait for the gate's edge: channel 0,
-//! whose gate is wired high, never fires in these.
+//! all counts. A control word stops the channel until its count is loaded, and modes 1 and 5 wait for the gate's edge:
+//! channel 0, whose gate is wired high, never fires in these.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
@@ -305,8 +306,8 @@ impl Pit {
         self.next_tick = first.filter(|_| counts);
     }
 
-    /// When [`Pit::expire`] is to be called, on the host monotonic clock in ns. Look again after every write that returns true,
-    /// after `expire` and after `restore`.
+    /// When [`Pit::expire`] is to be called, on the host monotonic clock in ns. Look again after every write that
+    /// returns true, after `expire` and after `restore`.
     pub fn deadline_ns(&self) -> Option<u64> {
         match (self.next_tick, self.channels[0].phase) {
             (Some(ticks), Phase::Running(since_ns)) => Some(since_ns.saturating_add(ticks_to_ns(ticks))),

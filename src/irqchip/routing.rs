@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! GSI routing: from a global system interrupt to interrupt controller pins, or to a message. KVM API "KVM_SET_GSI_ROUTING".
+//! GSI routing: from a global system interrupt to interrupt controller pins, or to a message. KVM API
+//! "KVM_SET_GSI_ROUTING".
 //!
 //! A table is two slices that the caller owns: the routes sorted by GSI, and where each GSI's routes begin.
 //! Not supported: Hyper-V and Xen routes (EINVAL).
@@ -151,9 +152,9 @@ fn pin_target(chip: u32, pin: u32) -> Result<Target, Invalid> {
     })
 }
 
-/// The table of KVM_CREATE_IRQCHIP: every GSI goes to the I/O APIC pin of its number, the first 16 to the 8259A
-/// of that number as well. (So GSI 0, the PIT, is I/O APIC pin 0; that boards wire it to pin 2 is for userspace to say.)
-/// The split irqchip starts with an empty table.
+/// The table of KVM_CREATE_IRQCHIP: every GSI goes to the I/O APIC pin of its number, the first 16 to the 8259A of that
+/// number as well. (So GSI 0, the PIT, is I/O APIC pin 0; that boards wire it to pin 2 is for userspace to say.) The
+/// split irqchip starts with an empty table.
 pub const DEFAULT_ROUTES: [Route; 40] = {
     let mut routes = [Route { gsi: 0, target: Target::Ioapic(0) }; 40];
     let mut at = 0;
@@ -176,7 +177,8 @@ pub fn starts_len(routes: &[Route]) -> usize {
 }
 
 /// Sorts `routes` and fills `starts`, which is [`starts_len`] long: the routes of GSI g are
-/// `routes[starts[g]..starts[g + 1]]`. Fails when a GSI goes twice to the same controller, or has another route beside an MSI.
+/// `routes[starts[g]..starts[g + 1]]`. Fails when a GSI goes twice to the same controller, or has another route beside
+/// an MSI.
 pub fn build(routes: &mut [Route], starts: &mut [u16]) -> Result<(), Invalid> {
     if routes.len() > MAX_ROUTES || starts.len() < starts_len(routes) {
         return Err(Invalid);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The guest's accesses: the xAPIC's memory window, and the x2APIC's MSRs.
 //!
-//! xAPIC: SDM "Local APIC Register Address Map". A register is read by 1, 2 or 4 bytes inside its first 4 bytes and written by
-//! 4 aligned ones; any other access reads 0 or does nothing, as in KVM. A register that does not exist sets the ESR's
-//! "illegal register address" (below 400h). Outside xAPIC mode the window reads all ones and ignores writes.
-//! x2APIC: SDM "x2APIC Register Address Space". A register that does not exist, a reserved bit, a write of
-//! a read-only register and a read of a write-only one: #GP.
+//! xAPIC: SDM "Local APIC Register Address Map". A register is read by 1, 2 or 4 bytes inside its first 4 bytes and
+//! written by 4 aligned ones; any other access reads 0 or does nothing, as in KVM. A register that does not exist sets
+//! the ESR's "illegal register address" (below 400h). Outside xAPIC mode the window reads all ones and ignores writes.
+//! x2APIC: SDM "x2APIC Register Address Space". A register that does not exist, a reserved bit, a write of a read-only
+//! register and a read of a write-only one: #GP.
 #![forbid(unsafe_code)]
 
 use super::regs::{

@@ -4,9 +4,9 @@
 //! A [`Lapic`] belongs to its vCPU's thread alone; other threads use its [`Inbox`] and read its
 //! [`ApicCard`]. After every call that returns a [`LapicWork`] the owner acts on it; see there.
 //!
-//! KVM's choices, where the manuals leave one: version 14h with six LVT entries, a 1 GHz timer clock, the CPU's APIC ID is its
-//! vCPU ID, LINT0 of the boot CPU starts in ExtINT mode (a quirk of KVM that its clients rely on), and an interrupt
-//! that is pending when the APIC gets software-disabled is still delivered.
+//! KVM's choices, where the manuals leave one: version 14h with six LVT entries, a 1 GHz timer clock, the CPU's APIC ID
+//! is its vCPU ID, LINT0 of the boot CPU starts in ExtINT mode (a quirk of KVM that its clients rely on), and an
+//! interrupt that is pending when the APIC gets software-disabled is still delivered.
 //! Not supported: the arbitration priority register (reads 0), remote reads, focus processor checking, AMD's extended
 //! registers (offset 400h and up), interrupt delivery by hardware (AVIC, APICv).
 #![forbid(unsafe_code)]
@@ -317,8 +317,8 @@ impl Lapic {
         }
     }
 
-    /// Whether this CPU takes the 8259A's interrupts: its LINT0 is in ExtINT mode ("virtual wire"), or the APIC is globally disabled
-    /// and LINT0 is the CPU's INTR pin.
+    /// Whether this CPU takes the 8259A's interrupts: its LINT0 is in ExtINT mode ("virtual wire"), or the APIC is
+    /// globally disabled and LINT0 is the CPU's INTR pin.
     pub const fn accepts_pic(&self) -> bool {
         let lint0 = self.lvt[Lvt::Lint0 as usize];
         !self.is_present() || lint0 & (LVT_MODE | LVT_MASKED) == LVT_EXTINT
