@@ -13,8 +13,11 @@
 #[cfg(test)]
 mod tests;
 
+pub use crate::abi::irq::KvmIoapicState as IoapicState;
+
 use super::bits::Bits256;
 use super::message::{DeliveryMode, DestMode, Eoi, LineSource, LineStatus, Message, Shorthand, Trigger};
+use crate::abi::FromZeros;
 use crate::arch::Gpa;
 
 /// Number of pins.
@@ -64,28 +67,6 @@ impl Entry {
         }
     }
 }
-
-/// `struct kvm_ioapic_state`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct IoapicState {
-    /// 0x00
-    pub base_address: u64,
-    /// 0x08
-    pub ioregsel: u32,
-    /// 0x0C
-    pub id: u32,
-    /// 0x10
-    pub irr: u32,
-    /// 0x14
-    pub pad: u32,
-    /// 0x18
-    pub redirtbl: [u64; PINS as usize],
-}
-
-const _: () = assert!(core::mem::size_of::<IoapicState>() == 216);
-const _: () = assert!(core::mem::offset_of!(IoapicState, irr) == 0x10);
-const _: () = assert!(core::mem::offset_of!(IoapicState, redirtbl) == 0x18);
 
 /// Result of a change on a pin's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -377,7 +358,7 @@ impl Ioapic {
             ioregsel: self.select as u32,
             id: self.id,
             irr: self.irr & !self.delivered,
-            ..IoapicState::default()
+            ..IoapicState::new_zeroed()
         };
         for (to, from) in state.redirtbl.iter_mut().zip(&self.entries) {
             *to = from.0;

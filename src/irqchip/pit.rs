@@ -15,7 +15,10 @@
 #[cfg(test)]
 mod tests;
 
+pub use crate::abi::irq::{KvmPitChannelState as PitChannelState, KvmPitState2 as PitState};
+
 use super::MIN_TIMER_PERIOD_NS;
+use crate::abi::FromZeros;
 
 /// Input clock, in Hz.
 pub const FREQUENCY_HZ: u64 = 1_193_182;
@@ -39,55 +42,7 @@ const fn ticks_to_ns(ticks: u64) -> u64 {
     (ticks / FREQUENCY_HZ).saturating_mul(NS).saturating_add(part)
 }
 
-/// `struct kvm_pit_channel_state`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct PitChannelState {
-    /// 0x00: 1 to 65536.
-    pub count: u32,
-    /// 0x04
-    pub latched_count: u16,
-    /// 0x06: 0 none, else which bytes are latched, as `read_state`.
-    pub count_latched: u8,
-    /// 0x07
-    pub status_latched: u8,
-    /// 0x08
-    pub status: u8,
-    /// 0x09: 1 low byte, 2 high byte, 3 low then high, 4 the high one of the latter.
-    pub read_state: u8,
-    /// 0x0A
-    pub write_state: u8,
-    /// 0x0B
-    pub write_latch: u8,
-    /// 0x0C
-    pub rw_mode: u8,
-    /// 0x0D: 0 to 5, FFh before the first control word.
-    pub mode: u8,
-    /// 0x0E
-    pub bcd: u8,
-    /// 0x0F
-    pub gate: u8,
-    /// 0x10: host monotonic clock, in ns.
-    pub count_load_time: i64,
-}
-
-/// `struct kvm_pit_state2`; its first 72 bytes are `struct kvm_pit_state`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct PitState {
-    /// 0x00
-    pub channels: [PitChannelState; 3],
-    /// 0x48
-    pub flags: u32,
-    /// 0x4C
-    pub reserved: [u32; 9],
-}
-
-const _: () = assert!(core::mem::size_of::<PitChannelState>() == 24);
-const _: () = assert!(core::mem::offset_of!(PitChannelState, gate) == 0xF);
-const _: () = assert!(core::mem::size_of::<PitState>() == 112);
-const _: () = assert!(core::mem::offset_of!(PitState, flags) == 0x48);
-
+// Access modes, as `rw_mode`, `read_state`, `write_state` and `count_latched` have them; any other: the low byte.
 const HIGH: u8 = 2;
 const WORD: u8 = 3;
 const WORD_HIGH: u8 = 4;
@@ -113,7 +68,7 @@ struct Channel {
 
 impl Channel {
     fn new(gate: bool) -> Self {
-        let state = PitChannelState { count: 0x1_0000, mode: 0xFF, gate: gate as u8, ..PitChannelState::default() };
+        let state = PitChannelState { count: 0x1_0000, mode: 0xFF, gate: gate as u8, ..PitChannelState::new_zeroed() };
         Self { state, phase: Phase::Idle }
     }
 
@@ -446,7 +401,7 @@ impl Pit {
 
     /// KVM_GET_PIT2.
     pub fn save(&self) -> PitState {
-        let mut state = PitState { flags: self.flags, ..PitState::default() };
+        let mut state = PitState { flags: self.flags, ..PitState::new_zeroed() };
         for (to, from) in state.channels.iter_mut().zip(&self.channels) {
             *to = from.state;
         }

@@ -6,6 +6,8 @@
 //! Not supported: Hyper-V and Xen routes (EINVAL).
 #![forbid(unsafe_code)]
 
+pub use crate::abi::irq::KvmIrqRoutingEntry as RawRoute;
+
 use super::ioapic;
 use super::message::{DeliveryMode, DestMode, Message, Shorthand, Trigger};
 
@@ -22,24 +24,6 @@ const CHIP_PIC_MASTER: u32 = 0;
 const CHIP_PIC_SLAVE: u32 = 1;
 const CHIP_IOAPIC: u32 = 2;
 const MSI_VALID_DEVID: u32 = 1;
-
-/// `struct kvm_irq_routing_entry`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct RawRoute {
-    /// 0x00
-    pub gsi: u32,
-    /// 0x04: KVM_IRQ_ROUTING_IRQCHIP (1), KVM_IRQ_ROUTING_MSI (2).
-    pub kind: u32,
-    /// 0x08
-    pub flags: u32,
-    /// 0x0C
-    pub pad: u32,
-    /// 0x10: irqchip, pin; or address_lo, address_hi, data, devid.
-    pub u: [u32; 8],
-}
-
-const _: () = assert!(core::mem::size_of::<RawRoute>() == 48);
 
 /// EINVAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,11 +106,12 @@ impl Route {
         if raw.gsi as usize >= MAX_ROUTES || raw.flags & !allowed_flags != 0 {
             return Err(Invalid);
         }
-        let [a, b, c, ..] = raw.u;
+        let word =
+            |at| raw.u.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes));
         let target = match raw.kind {
-            KIND_IRQCHIP if !rules.split_irqchip => pin_target(a, b)?,
+            KIND_IRQCHIP if !rules.split_irqchip => pin_target(word(0), word(4))?,
             KIND_MSI => {
-                let msi = Msi { address_lo: a, address_hi: b, data: c };
+                let msi = Msi { address_lo: word(0), address_hi: word(4), data: word(8) };
                 msi.check(rules.wide_ids)?;
                 Target::Msi(msi)
             }
@@ -224,8 +209,9 @@ mod tests {
     const FULL: RouteRules = RouteRules { split_irqchip: false, wide_ids: false };
 
     fn raw(gsi: u32, kind: u32, flags: u32, u: [u32; 3]) -> RawRoute {
-        let [a, b, c] = u;
-        RawRoute { gsi, kind, flags, pad: 0, u: [a, b, c, 0, 0, 0, 0, 0] }
+        let mut bytes = [0; 32];
+        bytes.chunks_exact_mut(4).zip(u).for_each(|(to, from)| to.copy_from_slice(&from.to_le_bytes()));
+        RawRoute { gsi, kind, flags, pad: 0, u: bytes }
     }
 
     fn target(raw: RawRoute, rules: RouteRules) -> Result<Target, Invalid> {

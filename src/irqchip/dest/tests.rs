@@ -105,6 +105,9 @@ fn logical_flat_and_cluster() {
     assert_eq!(targets(&clusters, &message(0x31, DestMode::Logical), Origin::Cpu(0)), []);
     assert_eq!(targets(&clusters, &message(0xFF, DestMode::Logical), Origin::Cpu(0)).len(), 12);
 
+    // A wide destination does not alias to an 8-bit logical ID.
+    assert_eq!(targets(&flat, &message((1 << 16) | 1, DestMode::Logical), Origin::Cpu(0)), []);
+
     let odd = [xapic(0, 0xFF, LogicalModel::None)];
     assert_eq!(targets(&odd, &message(1, DestMode::Logical), Origin::Cpu(0)), []);
     assert_eq!(targets(&odd, &message(0xFF, DestMode::Logical), Origin::Cpu(0)), [0]);

@@ -265,7 +265,7 @@ fn save_and_restore() {
     // Slave before master in priority, in both.
     assert_eq!((copy.acknowledge().0, pic.acknowledge().0), (0x39, 0x39));
     // A state that no chip can have is made one.
-    let mad = PicState { priority_add: 0xFF, init_state: 0xFF, elcr: 0xFF, elcr_mask: 0xFF, ..PicState::default() };
+    let mad = PicState { priority_add: 0xFF, init_state: 0xFF, elcr: 0xFF, elcr_mask: 0xFF, ..PicState::new_zeroed() };
     copy.restore(0, &mad);
     let state = copy.save(0);
     assert_eq!((state.priority_add, state.init_state, state.elcr, state.elcr_mask), (7, 3, 0xF8, 0xF8));

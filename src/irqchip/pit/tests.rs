@@ -296,7 +296,7 @@ fn random_actions() {
                     }
                 }
                 _ if random.below(20) == 0 => {
-                    let mut state = PitState { flags: random.next() as u32, ..PitState::default() };
+                    let mut state = PitState { flags: random.next() as u32, ..PitState::new_zeroed() };
                     for channel in &mut state.channels {
                         *channel = PitChannelState {
                             count: random.wide() as u32,
