@@ -15,6 +15,7 @@ pub(crate) mod page;
 pub(crate) mod percpu;
 pub(crate) mod phys;
 pub(crate) mod power;
+pub(crate) mod signal;
 pub(crate) mod srcu;
 pub(crate) mod tables;
 pub(crate) mod task;

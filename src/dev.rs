@@ -80,7 +80,7 @@ impl<V: Vendor> Host<V> {
             max_vcpus: MAX_VCPUS,
             max_vcpu_id: MAX_VCPUS,
             memory_slots: crate::mmu::slots::USER_SLOTS,
-            xsave: true,
+            xsave: xcr0 != 0,
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
         };
         Ok(Arc::new(Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, msr_config, limits }, GFP_KERNEL)?)
@@ -168,13 +168,18 @@ impl<V: Vendor> DeviceOperations for System<V> {
 }
 
 /// Writes a `struct kvm_msr_list`: always its true length, and E2BIG when the caller has less room.
-fn write_list(at: Hva, list: &[u32]) -> Result<isize> {
+fn write_list(at: Hva, list: impl Iterator<Item = u32> + Clone) -> Result<isize> {
     let head: KvmMsrList = user::read(at)?;
-    user::write(at, &KvmMsrList { nmsrs: list.len() as u32 })?;
-    if (head.nmsrs as usize) < list.len() {
+    let count = list.clone().count();
+    user::write(at, &KvmMsrList { nmsrs: count as u32 })?;
+    if (head.nmsrs as usize) < count {
         return Err(E2BIG);
     }
-    user::write(at.wrapping_add(size_of::<KvmMsrList>() as u64), list)?;
+    let mut indices = KVVec::with_capacity(count, GFP_KERNEL)?;
+    for index in list {
+        indices.push(index, GFP_KERNEL)?;
+    }
+    user::write(at.wrapping_add(size_of::<KvmMsrList>() as u64), &indices[..])?;
     Ok(0)
 }
 

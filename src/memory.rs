@@ -149,7 +149,7 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
 impl<F: Format + Send + Sync + 'static> Memory<F> {
     /// No memory yet. `levels`: depth of the nested table.
     pub(crate) fn new(peers: Arc<Peers>, levels: u8) -> impl PinInit<Self, Error> {
-        let tables = || -> Result<Nested<F>> {
+        let tables = move || -> Result<Nested<F>> {
             let mut pages = TablePages::new();
             pages.refill(TableStock::allocate(1)?);
             let table = NestedTable::new(&mut pages, levels.into(), false).ok_or(ENOMEM)?;

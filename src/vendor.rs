@@ -36,7 +36,7 @@ pub(crate) enum HardwareMsr {
 pub(crate) trait Vendor: Hardware + Sized {
     type Vcpu: VendorVcpu;
     /// How its nested tables look.
-    type NestedFormat: Format;
+    type NestedFormat: Format + Send + Sync + 'static;
 
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;

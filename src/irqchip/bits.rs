@@ -36,7 +36,7 @@ impl Bits256 {
     pub fn highest(&self) -> u8 {
         for (word, bits) in self.0.iter().enumerate().rev() {
             if *bits != 0 {
-                return (word as u8) << 6 | (63 - bits.leading_zeros()) as u8;
+                return ((word as u8) << 6) | (63 - bits.leading_zeros()) as u8;
             }
         }
         0
@@ -64,7 +64,7 @@ impl Bits256 {
     pub(super) fn set_dword(&mut self, index: usize, value: u32) {
         let shift = (index & 1) * 32;
         let word = self.word_mut(index >> 1);
-        *word = *word & !(0xFFFF_FFFF << shift) | (value as u64) << shift;
+        *word = *word & !(0xFFFF_FFFF << shift) | ((value as u64) << shift);
     }
 }
 
@@ -80,7 +80,7 @@ mod tests {
             set.set(vector);
             assert!(set.test(vector));
             assert_eq!(set.highest(), vector);
-            assert_ne!(set.dword(vector as usize / 32) & 1 << (vector % 32), 0);
+            assert_ne!(set.dword(vector as usize / 32) & (1 << (vector % 32)), 0);
         }
         set.clear(255);
         assert_eq!(set.highest(), 200);

@@ -25,8 +25,8 @@ pub enum LogicalModel {
 
 /// What the world may know of a local APIC, in one word. All zero: no APIC, matches nothing.
 ///
-/// Bits 0-31 x2APIC ID, 32-39 xAPIC ID, 40-47 xAPIC logical ID, 48-49 logical model, 50 x2APIC mode, 51 globally enabled,
-/// 52 software enabled, 53 takes interrupts from the 8259A.
+/// Bits 0-31 x2APIC ID, 32-39 xAPIC ID, 40-47 xAPIC logical ID, 48-49 logical model, 50 x2APIC mode, 51 globally
+/// enabled, 52 software enabled, 53 takes interrupts from the 8259A.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ApicCard(u64);
 
@@ -43,7 +43,7 @@ impl ApicCard {
             LogicalModel::Cluster => 1,
             LogicalModel::None => 2,
         };
-        Self(x2apic_id as u64 | (xapic_id as u64) << 32 | (logical_id as u64) << 40 | model << 48)
+        Self(x2apic_id as u64 | ((xapic_id as u64) << 32) | ((logical_id as u64) << 40) | (model << 48))
     }
 
     const fn with(self, bit: u64, on: bool) -> Self {
@@ -141,7 +141,7 @@ pub const X2APIC_BROADCAST: u32 = 0xFFFF_FFFF;
 
 /// The x2APIC logical ID: cluster in the upper half, one of 16 members in the lower.
 pub const fn x2apic_logical_id(x2apic_id: u32) -> u32 {
-    (x2apic_id >> 4) << 16 | 1 << (x2apic_id & 0xF)
+    ((x2apic_id >> 4) << 16) | (1 << (x2apic_id & 0xF))
 }
 
 /// A card that one vCPU writes and every sender reads.

@@ -1,19 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 //! I/O APIC with 24 pins, after the 82093AA ("82093AA I/O Advanced Programmable Interrupt Controller") at version 11h.
 //!
-//! As in KVM: polarity is stored and ignored (a line is its logical level), the ID is only stored, an edge that arrives while
-//! its pin is masked is lost, a pin's line is high while any of its sources holds it high.
-//! Not supported: the EOI register of version 20h; delivery status (always idle); KVM's counting of RTC interrupts
-//! that were not acknowledged yet, for userspace that replays lost ticks.
+//! As in KVM: polarity is stored and ignored (a line is its logical level), the ID is only stored, an edge that arrives
+//! while its pin is masked is lost, a pin's line is high while any of its sources holds it high.
+//! Not supported: the EOI register of version 20h; delivery status (always idle); KVM's counting of RTC interrupts that
+//! were not acknowledged yet, for userspace that replays lost ticks.
 //!
-//! A message that this model returns counts as accepted. If no local APIC takes it, say so with [`Ioapic::not_accepted`].
+//! A message that this model returns counts as accepted. If no local APIC takes it, say so with
+//! [`Ioapic::not_accepted`].
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
 mod tests;
 
+pub use crate::abi::irq::KvmIoapicState as IoapicState;
+
 use super::bits::Bits256;
 use super::message::{DeliveryMode, DestMode, Eoi, LineSource, LineStatus, Message, Shorthand, Trigger};
+use crate::abi::FromZeros;
 use crate::arch::Gpa;
 
 /// Number of pins.
@@ -21,14 +25,14 @@ pub const PINS: u8 = 24;
 /// Length of the register window, in bytes.
 pub const WINDOW_BYTES: u64 = 0x100;
 const DEFAULT_BASE: u64 = 0xFEC0_0000;
-const VERSION: u32 = 0x11 | (PINS as u32 - 1) << 16;
+const VERSION: u32 = 0x11 | ((PINS as u32 - 1) << 16);
 const ALL_PINS: u32 = (1 << PINS) - 1;
 
 const SELECT: u32 = 0x00;
 const WINDOW: u32 = 0x10;
 
-/// How long a pin that interrupts again after every EOI is held back, in nanoseconds, and after how many in a row.
-/// Real hardware is slower than this model: without a pause, a guest that cannot silence a device makes no progress at all.
+/// How long a pin that interrupts again after every EOI is held back, in nanoseconds, and after how many in a row. Real
+/// hardware is slower than this model: without a pause, a guest that cannot silence a device makes no progress at all.
 pub const STORM_PAUSE_NS: u64 = 10_000_000;
 const STORM_COUNT: u16 = 10_000;
 
@@ -64,39 +68,6 @@ impl Entry {
     }
 }
 
-/// `struct kvm_ioapic_state`.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    zerocopy_derive::FromBytes,
-    zerocopy_derive::IntoBytes,
-    zerocopy_derive::Immutable,
-    zerocopy_derive::KnownLayout,
-)]
-#[repr(C)]
-pub struct IoapicState {
-    /// 0x00
-    pub base_address: u64,
-    /// 0x08
-    pub ioregsel: u32,
-    /// 0x0C
-    pub id: u32,
-    /// 0x10
-    pub irr: u32,
-    /// 0x14
-    pub pad: u32,
-    /// 0x18
-    pub redirtbl: [u64; PINS as usize],
-}
-
-const _: () = assert!(core::mem::size_of::<IoapicState>() == 216);
-const _: () = assert!(core::mem::offset_of!(IoapicState, irr) == 0x10);
-const _: () = assert!(core::mem::offset_of!(IoapicState, redirtbl) == 0x18);
-
 /// Result of a change on a pin's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -123,8 +94,8 @@ pub struct WriteWork {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct EoiWork {
-    /// These pins were acknowledged: signal their resample eventfds (the resampling sources have let go of the line in this
-    /// model; let them go at the 8259A too), and tell the PIT.
+    /// These pins were acknowledged: signal their resample eventfds (the resampling sources have let go of the line in
+    /// this model; let them go at the 8259A too), and tell the PIT.
     pub acknowledged: u32,
     /// Call [`Ioapic::service`] for these pins: their line is still high.
     pub again: u32,
@@ -197,7 +168,7 @@ impl Ioapic {
         let mut vectors = Bits256::EMPTY;
         for pin in 0..PINS {
             let entry = self.entries[slot(pin)];
-            if entry.has(Entry::LEVEL) || (listened | self.resampling) & 1 << pin != 0 {
+            if entry.has(Entry::LEVEL) || (listened | self.resampling) & (1 << pin) != 0 {
                 vectors.set(entry.vector());
             }
         }
@@ -354,9 +325,9 @@ impl Ioapic {
         let entry = &mut self.entries[slot(pin)];
         let was_masked = entry.has(Entry::MASKED);
         if upper {
-            entry.0 = (entry.0 & 0xFFFF_FFFF) | (value as u64) << 32;
+            entry.0 = (entry.0 & 0xFFFF_FFFF) | ((value as u64) << 32);
         } else {
-            entry.0 = (entry.0 & (0xFFFF_FFFF << 32 | READ_ONLY)) | (value as u64 & !READ_ONLY);
+            entry.0 = (entry.0 & ((0xFFFF_FFFF << 32) | READ_ONLY)) | (value as u64 & !READ_ONLY);
         }
         let level = entry.has(Entry::LEVEL);
         if !level {
@@ -387,7 +358,7 @@ impl Ioapic {
             ioregsel: self.select as u32,
             id: self.id,
             irr: self.irr & !self.delivered,
-            ..IoapicState::default()
+            ..IoapicState::new_zeroed()
         };
         for (to, from) in state.redirtbl.iter_mut().zip(&self.entries) {
             *to = from.0;

@@ -2,74 +2,27 @@
 //! Two cascaded 8259A interrupt controllers, and their edge/level control registers. Intel "8259A Programmable
 //! Interrupt Controller" data sheet; ELCR as in the PIIX4.
 //!
-//! As in KVM: ICW1's "level triggered" and "single" bits are ignored (the ELCR decides), ICW3 is ignored (the slave is on pin 2),
-//! ICW2 keeps its upper five bits, an access of other than one byte reads 0 or does nothing. Beyond KVM, from the
-//! data sheet: a poll sets the in-service bit as an acknowledge does, and special mask mode works. ICW1 clears the ISR,
-//! as in QEMU and Bochs; a guest that restarts in the middle of a handler would never see an interrupt again.
+//! As in KVM: ICW1's "level triggered" and "single" bits are ignored (the ELCR decides), ICW3 is ignored (the slave is
+//! on pin 2), ICW2 keeps its upper five bits, an access of other than one byte reads 0 or does nothing. Beyond KVM,
+//! from the data sheet: a poll sets the in-service bit as an acknowledge does, and special mask mode works. ICW1 clears
+//! the ISR, as in QEMU and Bochs; a guest that restarts in the middle of a handler would never see an interrupt again.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
 mod tests;
 
+pub use crate::abi::irq::KvmPicState as PicState;
+
 use super::message::{LineSource, LineStatus};
+use crate::abi::FromZeros;
 
 /// The cascade's pin on the master.
 const CASCADE: u8 = 2;
 /// Pins that can be level-triggered.
 const ELCR_MASKS: [u8; 2] = [0xF8, 0xDE];
 
-/// `struct kvm_pic_state`: one chip, and its saved form.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    zerocopy_derive::FromBytes,
-    zerocopy_derive::IntoBytes,
-    zerocopy_derive::Immutable,
-    zerocopy_derive::KnownLayout,
-)]
-#[repr(C)]
-pub struct PicState {
-    /// 0x0: lines, for edge detection.
-    pub last_irr: u8,
-    /// 0x1
-    pub irr: u8,
-    /// 0x2
-    pub imr: u8,
-    /// 0x3
-    pub isr: u8,
-    /// 0x4: the pin of highest priority, 0 to 7.
-    pub priority_add: u8,
-    /// 0x5
-    pub irq_base: u8,
-    /// 0x6: reads of the command port show the ISR.
-    pub read_reg_select: u8,
-    /// 0x7: the next read is a poll.
-    pub poll: u8,
-    /// 0x8
-    pub special_mask: u8,
-    /// 0x9: 0 ready, 1 to 3: ICW2 to ICW4 are awaited.
-    pub init_state: u8,
-    /// 0xA
-    pub auto_eoi: u8,
-    /// 0xB
-    pub rotate_on_auto_eoi: u8,
-    /// 0xC
-    pub special_fully_nested_mode: u8,
-    /// 0xD: ICW4 comes.
-    pub init4: u8,
-    /// 0xE
-    pub elcr: u8,
-    /// 0xF
-    pub elcr_mask: u8,
-}
-
-const _: () = assert!(core::mem::size_of::<PicState>() == 16);
-const _: () = assert!(core::mem::offset_of!(PicState, elcr_mask) == 15);
-
+/// A chip is kept in the form that it is saved in. `priority_add` is the pin of highest priority; `init_state` is 0
+/// when ready, else it says which of ICW2 to ICW4 comes; `last_irr` are the lines, for edge detection.
 impl PicState {
     /// Position of the set bit with the highest priority, counted from that priority; 8 if there is none.
     fn first(&self, bits: u8) -> u32 {
@@ -151,7 +104,7 @@ impl Default for Pic {
 impl Pic {
     /// After power-on.
     pub fn new() -> Self {
-        let chip = |elcr_mask| PicState { elcr_mask, ..PicState::default() };
+        let chip = |elcr_mask| PicState { elcr_mask, ..PicState::new_zeroed() };
         Self { chips: [chip(ELCR_MASKS[0]), chip(ELCR_MASKS[1])], lines: [0; 16], output: false }
     }
 
@@ -163,12 +116,15 @@ impl Pic {
 
     /// Interrupt masks of pins 0 to 15.
     pub const fn masks(&self) -> u16 {
-        self.chips[0].imr as u16 | (self.chips[1].imr as u16) << 8
+        self.chips[0].imr as u16 | ((self.chips[1].imr as u16) << 8)
     }
 
-    /// A source drives the line of `pin` (0 to 15; others are ignored). True: the output rose.
+    /// A source drives the line of `pin` (0 to 15 but for the cascade's 2; others are ignored). True: the output rose.
     pub fn set_line(&mut self, pin: u8, source: LineSource, level: bool) -> (LineStatus, bool) {
-        let Some(lines) = self.lines.get_mut(pin as usize) else { return (LineStatus::Ignored, false) };
+        let lines = match self.lines.get_mut(pin as usize) {
+            Some(lines) if pin != CASCADE => lines,
+            _ => return (LineStatus::Ignored, false),
+        };
         *lines = source.apply(*lines, level);
         let high = *lines != 0;
         let status = self.chips[(pin >> 3) as usize & 1].set_line(pin & 7, high);
@@ -247,6 +203,10 @@ impl Pic {
             let pin = state.request(chip == 0);
             if let Some(pin) = pin {
                 self.take(chip, pin, &mut work);
+            }
+            if chip == 1 {
+                // Its request is served; another one raises the cascade again.
+                self.chips[0].irr &= !(1 << CASCADE);
             }
             work.raised = self.update();
             pin.map_or(7, |pin| 0x80 | pin)

@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
-//! 8254 timer: three channels, and port 61h's gate and speaker bits. Intel "8254 Programmable Interval Timer" data sheet.
+//! 8254 timer: three channels, and port 61h's gate and speaker bits. Intel "8254 Programmable Interval Timer" data
+//! sheet.
 //!
-//! Channel 0 interrupts by a short pulse on GSI 0. Its schedule is exact: the nth interrupt of a periodic mode is computed from
-//! the load, so nothing drifts; periods below [`MIN_TIMER_PERIOD_NS`] are lengthened.
-//! With reinjection (the default), a tick that comes before the last one was acknowledged waits and follows that
-//! acknowledgement; without, it is dropped.
+//! Channel 0 interrupts by a short pulse on GSI 0. Its schedule is exact: the nth interrupt of a periodic mode is
+//! computed from the load, so nothing drifts; periods below [`MIN_TIMER_PERIOD_NS`] are lengthened. With reinjection
+//! (the default), a tick that comes before the last one was acknowledged waits and follows that acknowledgement;
+//! without, it is dropped.
 //!
 //! As in KVM: BCD counting is stored and ignored, a new count takes effect at once in every mode, restoring restarts
-//! all counts. A control word stops the channel until its count is loaded, and modes 1 and 5 wait for the gate's edge: channel 0,
-//! whose gate is wired high, never fires in these.
+//! all counts. A control word stops the channel until its count is loaded, and modes 1 and 5 wait for the gate's edge:
+//! channel 0, whose gate is wired high, never fires in these.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
 mod tests;
 
+pub use crate::abi::irq::{KvmPitChannelState as PitChannelState, KvmPitState2 as PitState};
+
 use super::MIN_TIMER_PERIOD_NS;
+use crate::abi::FromZeros;
 
 /// Input clock, in Hz.
 pub const FREQUENCY_HZ: u64 = 1_193_182;
@@ -38,77 +42,7 @@ const fn ticks_to_ns(ticks: u64) -> u64 {
     (ticks / FREQUENCY_HZ).saturating_mul(NS).saturating_add(part)
 }
 
-/// `struct kvm_pit_channel_state`.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    zerocopy_derive::FromBytes,
-    zerocopy_derive::IntoBytes,
-    zerocopy_derive::Immutable,
-    zerocopy_derive::KnownLayout,
-)]
-#[repr(C)]
-pub struct PitChannelState {
-    /// 0x00: 1 to 65536.
-    pub count: u32,
-    /// 0x04
-    pub latched_count: u16,
-    /// 0x06: 0 none, else which bytes are latched, as `read_state`.
-    pub count_latched: u8,
-    /// 0x07
-    pub status_latched: u8,
-    /// 0x08
-    pub status: u8,
-    /// 0x09: 1 low byte, 2 high byte, 3 low then high, 4 the high one of the latter.
-    pub read_state: u8,
-    /// 0x0A
-    pub write_state: u8,
-    /// 0x0B
-    pub write_latch: u8,
-    /// 0x0C
-    pub rw_mode: u8,
-    /// 0x0D: 0 to 5, FFh before the first control word.
-    pub mode: u8,
-    /// 0x0E
-    pub bcd: u8,
-    /// 0x0F
-    pub gate: u8,
-    /// 0x10: host monotonic clock, in ns.
-    pub count_load_time: i64,
-}
-
-/// `struct kvm_pit_state2`; its first 72 bytes are `struct kvm_pit_state`.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    zerocopy_derive::FromBytes,
-    zerocopy_derive::IntoBytes,
-    zerocopy_derive::Immutable,
-    zerocopy_derive::KnownLayout,
-)]
-#[repr(C)]
-pub struct PitState {
-    /// 0x00
-    pub channels: [PitChannelState; 3],
-    /// 0x48
-    pub flags: u32,
-    /// 0x4C
-    pub reserved: [u32; 9],
-}
-
-const _: () = assert!(core::mem::size_of::<PitChannelState>() == 24);
-const _: () = assert!(core::mem::offset_of!(PitChannelState, gate) == 0xF);
-const _: () = assert!(core::mem::size_of::<PitState>() == 112);
-const _: () = assert!(core::mem::offset_of!(PitState, flags) == 0x48);
-
+// Access modes, as `rw_mode`, `read_state`, `write_state` and `count_latched` have them; any other: the low byte.
 const HIGH: u8 = 2;
 const WORD: u8 = 3;
 const WORD_HIGH: u8 = 4;
@@ -134,7 +68,7 @@ struct Channel {
 
 impl Channel {
     fn new(gate: bool) -> Self {
-        let state = PitChannelState { count: 0x1_0000, mode: 0xFF, gate: gate as u8, ..PitChannelState::default() };
+        let state = PitChannelState { count: 0x1_0000, mode: 0xFF, gate: gate as u8, ..PitChannelState::new_zeroed() };
         Self { state, phase: Phase::Idle }
     }
 
@@ -208,10 +142,10 @@ impl Channel {
     fn latch_status(&mut self, now_ns: u64) {
         if self.state.status_latched == 0 {
             let null_count = self.phase == Phase::Idle;
-            self.state.status = (self.out(now_ns) as u8) << 7
-                | (null_count as u8) << 6
-                | (self.state.rw_mode & 3) << 4
-                | (self.state.mode & 7) << 1
+            self.state.status = ((self.out(now_ns) as u8) << 7)
+                | ((null_count as u8) << 6)
+                | ((self.state.rw_mode & 3) << 4)
+                | ((self.state.mode & 7) << 1)
                 | (self.state.bcd & 1);
             self.state.status_latched = 1;
         }
@@ -267,7 +201,7 @@ impl Channel {
             }
             WORD_HIGH => {
                 self.state.write_state = WORD;
-                self.state.write_latch as u32 | (value as u32) << 8
+                self.state.write_latch as u32 | ((value as u32) << 8)
             }
             _ => value as u32,
         };
@@ -327,8 +261,8 @@ impl Pit {
         self.next_tick = first.filter(|_| counts);
     }
 
-    /// When [`Pit::expire`] is to be called, on the host monotonic clock in ns. Look again after every write that returns true,
-    /// after `expire` and after `restore`.
+    /// When [`Pit::expire`] is to be called, on the host monotonic clock in ns. Look again after every write that
+    /// returns true, after `expire` and after `restore`.
     pub fn deadline_ns(&self) -> Option<u64> {
         match (self.next_tick, self.channels[0].phase) {
             (Some(ticks), Phase::Running(since_ns)) => Some(since_ns.saturating_add(ticks_to_ns(ticks))),
@@ -451,9 +385,9 @@ impl Pit {
         // The refresh clock toggles about every 15 us.
         let refresh = (now_ns >> 14) as u8 & 1;
         channel.state.gate & 1
-            | ((self.flags & FLAG_SPEAKER_DATA_ON != 0) as u8) << 1
-            | refresh << 4
-            | (channel.out(now_ns) as u8) << 5
+            | (((self.flags & FLAG_SPEAKER_DATA_ON != 0) as u8) << 1)
+            | (refresh << 4)
+            | ((channel.out(now_ns) as u8) << 5)
     }
 
     /// OUT to port 61h: bit 0 is the gate of channel 2, bit 1 the speaker.
@@ -467,7 +401,7 @@ impl Pit {
 
     /// KVM_GET_PIT2.
     pub fn save(&self) -> PitState {
-        let mut state = PitState { flags: self.flags, ..PitState::default() };
+        let mut state = PitState { flags: self.flags, ..PitState::new_zeroed() };
         for (to, from) in state.channels.iter_mut().zip(&self.channels) {
             *to = from.state;
         }

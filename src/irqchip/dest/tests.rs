@@ -89,7 +89,7 @@ fn cards_need_not_be_in_the_order_of_the_ids() {
     assert_eq!(targets(&cards, &message(1000, DestMode::Physical), Origin::Cpu(0)), [1]);
     assert_eq!(targets(&cards, &message(0, DestMode::Physical), Origin::Cpu(0)), [2]);
     assert_eq!(targets(&cards, &message(0x5, DestMode::Logical), Origin::Cpu(0)), [0, 2]);
-    assert_eq!(targets(&cards, &message(62 << 16 | 1 << 8, DestMode::Logical), Origin::Cpu(0)), [1]);
+    assert_eq!(targets(&cards, &message((62 << 16) | (1 << 8), DestMode::Logical), Origin::Cpu(0)), [1]);
 }
 
 #[test]
@@ -99,11 +99,14 @@ fn logical_flat_and_cluster() {
     assert_eq!(targets(&flat, &message(0xFF, DestMode::Logical), Origin::Cpu(0)).len(), 8);
     assert_eq!(targets(&flat, &message(0, DestMode::Logical), Origin::Cpu(0)), []);
 
-    let member = |id: u32| xapic(id, ((id / 4) << 4) as u8 | 1 << (id % 4), LogicalModel::Cluster);
+    let member = |id: u32| xapic(id, ((id / 4) << 4) as u8 | (1 << (id % 4)), LogicalModel::Cluster);
     let clusters: Vec<ApicCard> = (0..12).map(member).collect();
     assert_eq!(targets(&clusters, &message(0x16, DestMode::Logical), Origin::Cpu(0)), [5, 6]);
     assert_eq!(targets(&clusters, &message(0x31, DestMode::Logical), Origin::Cpu(0)), []);
     assert_eq!(targets(&clusters, &message(0xFF, DestMode::Logical), Origin::Cpu(0)).len(), 12);
+
+    // A wide destination does not alias to an 8-bit logical ID.
+    assert_eq!(targets(&flat, &message((1 << 16) | 1, DestMode::Logical), Origin::Cpu(0)), []);
 
     let odd = [xapic(0, 0xFF, LogicalModel::None)];
     assert_eq!(targets(&odd, &message(1, DestMode::Logical), Origin::Cpu(0)), []);
@@ -113,10 +116,10 @@ fn logical_flat_and_cluster() {
 #[test]
 fn logical_x2apic() {
     let cards: Vec<ApicCard> = (0..70).map(x2apic).collect();
-    assert_eq!(targets(&cards, &message(3 << 16 | 0x8001, DestMode::Logical), Origin::Cpu(0)), [48, 63]);
+    assert_eq!(targets(&cards, &message((3 << 16) | 0x8001, DestMode::Logical), Origin::Cpu(0)), [48, 63]);
     // One member is not there: the others still get it.
-    assert_eq!(targets(&cards, &message(4 << 16 | 0x0061, DestMode::Logical), Origin::Cpu(0)), [64, 69]);
-    assert_eq!(targets(&cards, &message(5 << 16 | 1, DestMode::Logical), Origin::Cpu(0)), []);
+    assert_eq!(targets(&cards, &message((4 << 16) | 0x0061, DestMode::Logical), Origin::Cpu(0)), [64, 69]);
+    assert_eq!(targets(&cards, &message((5 << 16) | 1, DestMode::Logical), Origin::Cpu(0)), []);
     assert_eq!(targets(&cards, &message(0xFF, DestMode::Logical), Origin::Cpu(0)), [0, 1, 2, 3, 4, 5, 6, 7]);
     assert_eq!(targets(&cards, &message(0xFF, DestMode::Logical), DEVICE).len(), 70);
     assert_eq!(targets(&cards, &message(X2APIC_BROADCAST, DestMode::Logical), Origin::Cpu(0)).len(), 70);
@@ -193,7 +196,7 @@ fn short_cuts_find_what_a_plain_search_finds() {
             .collect();
         let dest = match random.below(4) {
             0 => random.wide() as u32,
-            1 => (random.below(4) << 16 | random.below(0x1_0000)) as u32,
+            1 => ((random.below(4) << 16) | random.below(0x1_0000)) as u32,
             2 => [XAPIC_BROADCAST, X2APIC_BROADCAST][random.below(2) as usize],
             _ => random.below(50) as u32,
         };

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The guest's accesses: the xAPIC's memory window, and the x2APIC's MSRs.
 //!
-//! xAPIC: SDM "Local APIC Register Address Map". A register is read by 1, 2 or 4 bytes inside its first 4 bytes and written by
-//! 4 aligned ones; any other access reads 0 or does nothing, as in KVM. A register that does not exist sets the ESR's
-//! "illegal register address". Outside xAPIC mode the window reads all ones and ignores writes.
-//! x2APIC: SDM "x2APIC Register Address Space". A register that does not exist, a reserved bit, a write of
-//! a read-only register and a read of a write-only one: #GP.
+//! xAPIC: SDM "Local APIC Register Address Map". A register is read by 1, 2 or 4 bytes inside its first 4 bytes and
+//! written by 4 aligned ones; any other access reads 0 or does nothing, as in KVM. A register that does not exist sets
+//! the ESR's "illegal register address" (below 400h). Outside xAPIC mode the window reads all ones and ignores writes.
+//! x2APIC: SDM "x2APIC Register Address Space". A register that does not exist, a reserved bit, a write of a read-only
+//! register and a read of a write-only one: #GP.
 #![forbid(unsafe_code)]
 
 use super::regs::{
@@ -36,7 +36,7 @@ impl Lapic {
         match self.read_register(offset & !0xF, now_ns) {
             Some(value) => (value as u64 >> (8 * at)) & (u64::MAX >> (64 - 8 * size_bytes as u32)),
             None => {
-                self.raise_error(ESR_ILLEGAL_REGISTER);
+                self.refuse(offset);
                 0
             }
         }
@@ -55,7 +55,7 @@ impl Lapic {
                 return self.send_ipi();
             }
             regs::ICR2 => {
-                self.icr = (self.icr & LOW_HALF) | (value as u64 & 0xFF00_0000) << 32;
+                self.icr = (self.icr & LOW_HALF) | ((value as u64 & 0xFF00_0000) << 32);
                 return LapicWork::default();
             }
             regs::ID => {
@@ -73,9 +73,16 @@ impl Lapic {
             _ => self.write_register(offset, value, now_ns),
         };
         written.unwrap_or_else(|Refused| {
-            self.raise_error(ESR_ILLEGAL_REGISTER);
+            self.refuse(offset);
             LapicWork::default()
         })
+    }
+
+    /// There is no such register. AMD's extended ones, which a guest on an AMD CPU may look for, are passed over.
+    fn refuse(&mut self, offset: u32) {
+        if offset < 0x400 {
+            self.raise_error(ESR_ILLEGAL_REGISTER);
+        }
     }
 
     /// RDMSR of an x2APIC register, 800h to 8FFh.
@@ -225,7 +232,7 @@ impl Lapic {
         let x2apic = self.is_x2apic();
         let message = Message {
             dest: if x2apic { (self.icr >> 32) as u32 } else { (self.icr >> 56) as u32 },
-            dest_mode: DestMode::from_logical(low & 1 << 11 != 0),
+            dest_mode: DestMode::from_logical(low & (1 << 11) != 0),
             shorthand: match (low >> 18) & 3 {
                 0 => Shorthand::None,
                 1 => Shorthand::Me,
@@ -234,8 +241,8 @@ impl Lapic {
             },
             delivery: DeliveryMode::from_bits(low >> 8),
             vector: low as u8,
-            trigger: Trigger::from_level(low & 1 << 15 != 0),
-            assert: low & 1 << 14 != 0,
+            trigger: Trigger::from_level(low & (1 << 15) != 0),
+            assert: low & (1 << 14) != 0,
             redirection_hint: false,
         };
         if message.is_deassert() {

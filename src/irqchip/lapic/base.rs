@@ -43,9 +43,8 @@ impl Lapic {
         }
         self.base = value;
         let old = core::mem::replace(&mut self.mode, mode);
-        match (old, mode) {
-            (Mode::Disabled | Mode::X2Apic, Mode::XApic) => self.xapic_id = self.id as u8,
-            _ => {}
+        if old != mode && mode == Mode::XApic {
+            self.xapic_id = self.id as u8;
         }
         if old == Mode::X2Apic && mode != Mode::X2Apic {
             // Its logical ID was x2APIC's own.

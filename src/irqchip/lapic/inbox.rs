@@ -3,9 +3,9 @@
 //!
 //! Order. A sender first marks the vector, then the summary; the owner first takes the summary, then the vectors. So a
 //! summary bit that is gone was seen together with everything before it, and at worst the owner finds an empty word.
-//! The summary is also one side of the usual kick protocol: the sender posts and then looks whether the owner runs guest code;
-//! the owner says that it will, and then looks at [`Inbox::is_empty`]. Both use sequential consistency, so one
-//! of the two notices the other. A sender whose vector was already there need not kick: whoever put it there does.
+//! The summary is also one side of the usual kick protocol: the sender posts and then looks whether the owner runs
+//! guest code; the owner says that it will, and then looks at [`Inbox::is_empty`]. Both use sequential consistency, so
+//! one of the two notices the other. A sender whose vector was already there need not kick: whoever put it there does.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
@@ -83,8 +83,8 @@ impl Inbox {
         self.summary.fetch_or(bits, Ordering::SeqCst) & bits != bits
     }
 
-    /// A fixed interrupt. True: newly pending; false: it was pending here already, and no kick is needed.
-    /// The caller has seen in the card that this APIC is enabled; if it no longer is, the interrupt vanishes in `drain`.
+    /// A fixed interrupt. True: newly pending; false: it was pending here already, and no kick is needed. The caller
+    /// has seen in the card that this APIC is enabled; if it no longer is, the interrupt vanishes in `drain`.
     #[inline]
     pub fn post_fixed(&self, vector: u8, trigger: Trigger) -> bool {
         let word = (vector >> 6) as usize;

@@ -4,9 +4,9 @@
 //! A [`Lapic`] belongs to its vCPU's thread alone; other threads use its [`Inbox`] and read its
 //! [`ApicCard`]. After every call that returns a [`LapicWork`] the owner acts on it; see there.
 //!
-//! KVM's choices, where the manuals leave one: version 14h with six LVT entries, a 1 GHz timer clock, the CPU's APIC ID is its
-//! vCPU ID, LINT0 of the boot CPU starts in ExtINT mode (a quirk of KVM that its clients rely on), and an interrupt
-//! that is pending when the APIC gets software-disabled is still delivered.
+//! KVM's choices, where the manuals leave one: version 14h with six LVT entries, a 1 GHz timer clock, the CPU's APIC ID
+//! is its vCPU ID, LINT0 of the boot CPU starts in ExtINT mode (a quirk of KVM that its clients rely on), and an
+//! interrupt that is pending when the APIC gets software-disabled is still delivered.
 //! Not supported: the arbitration priority register (reads 0), remote reads, focus processor checking, AMD's extended
 //! registers (offset 400h and up), interrupt delivery by hardware (AVIC, APICv).
 #![forbid(unsafe_code)]
@@ -237,7 +237,7 @@ impl Lapic {
 
     const fn version(&self) -> u32 {
         let last = if self.features.cmci { 6 } else { 5 };
-        VERSION_ID | last << 16 | if self.features.directed_eoi { VERSION_DIRECTED_EOI } else { 0 }
+        VERSION_ID | (last << 16) | if self.features.directed_eoi { VERSION_DIRECTED_EOI } else { 0 }
     }
 
     const fn timer_modes(&self) -> u32 {
@@ -284,7 +284,7 @@ impl Lapic {
         *self.irr.word_mut(index) |= legal;
         let tmr = self.tmr.word_mut(index);
         *tmr = (*tmr & !legal) | (levels & legal);
-        let highest = (index as u8 & 3) << 6 | (63 - legal.leading_zeros()) as u8;
+        let highest = ((index as u8 & 3) << 6) | (63 - legal.leading_zeros()) as u8;
         self.highest_irr = self.highest_irr.max(highest);
     }
 
@@ -317,8 +317,8 @@ impl Lapic {
         }
     }
 
-    /// Whether this CPU takes the 8259A's interrupts: its LINT0 is in ExtINT mode ("virtual wire"), or the APIC is globally disabled
-    /// and LINT0 is the CPU's INTR pin.
+    /// Whether this CPU takes the 8259A's interrupts: its LINT0 is in ExtINT mode ("virtual wire"), or the APIC is
+    /// globally disabled and LINT0 is the CPU's INTR pin.
     pub const fn accepts_pic(&self) -> bool {
         let lint0 = self.lvt[Lvt::Lint0 as usize];
         !self.is_present() || lint0 & (LVT_MODE | LVT_MASKED) == LVT_EXTINT

@@ -43,7 +43,7 @@ pub const ESR_ILLEGAL_REGISTER: u32 = 1 << 7;
 
 pub const ICR_BUSY: u64 = 1 << 12;
 /// Bits 31:20, 17:16 and 13: reserved in x2APIC mode.
-pub const X2APIC_ICR_RESERVED: u64 = 0xFFF0_0000 | 3 << 16 | 1 << 13;
+pub const X2APIC_ICR_RESERVED: u64 = 0xFFF0_0000 | (3 << 16) | (1 << 13);
 
 pub const DFR_FLAT: u32 = 0xFFFF_FFFF;
 pub const DFR_CLUSTER: u32 = 0x0FFF_FFFF;

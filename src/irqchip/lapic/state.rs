@@ -2,8 +2,8 @@
 //! The state as KVM_GET_LAPIC and KVM_SET_LAPIC move it: the first 1,024 bytes of the xAPIC's register window, whatever
 //! the mode. KVM API "KVM_GET_LAPIC".
 //!
-//! - ID register in x2APIC mode: all 32 bits with KVM_X2APIC_API_USE_32BIT_IDS, where another ID than the CPU's is refused;
-//!   without it the low 8 bits of the ID are in bits 31:24, and what comes back is ignored.
+//! - ID register in x2APIC mode: all 32 bits with KVM_X2APIC_API_USE_32BIT_IDS, where another ID than the CPU's is
+//!   refused; without it the low 8 bits of the ID are in bits 31:24, and what comes back is ignored.
 //! - ICR in x2APIC mode: split in ICR and ICR2. LDR in x2APIC mode: computed, what comes back is ignored.
 //! - The timer's current count is what is left of the count-down; the timer restarts from it. Errors not yet moved
 //!   to the ESR, and IA32_TSC_DEADLINE (an MSR of its own), are not part of the state.
@@ -70,7 +70,8 @@ impl Lapic {
         state
     }
 
-    /// Takes on a saved state. Clear the inbox first. Nothing changes on an error. Bits that no register has are dropped.
+    /// Takes on a saved state. Clear the inbox first. Nothing changes on an error. Bits that no register has are
+    /// dropped.
     pub fn restore(&mut self, state: &[u8; STATE_BYTES], now_ns: u64, wide_ids: bool) -> Result<LapicWork, StateError> {
         let id = get(state, regs::ID);
         if self.is_x2apic() {
@@ -97,7 +98,7 @@ impl Lapic {
         self.update_ppr();
         self.esr = get(state, regs::ESR);
         self.errors = 0;
-        let icr = get(state, regs::ICR) as u64 | (get(state, regs::ICR2) as u64) << 32;
+        let icr = get(state, regs::ICR) as u64 | ((get(state, regs::ICR2) as u64) << 32);
         self.icr = icr & !ICR_BUSY;
         for lvt in Lvt::ALL {
             self.lvt[lvt as usize & 7] = get(state, lvt.offset()) & lvt.writable(self.timer_modes());

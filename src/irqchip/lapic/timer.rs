@@ -81,7 +81,7 @@ impl Timer {
 
     const fn ticks_to_ns(&self, ticks: u32) -> u64 {
         // 32 bits of ticks, 7 of divisor: far below 2^64.
-        ((ticks as u64) << self.shift) * BUS_CYCLE_NS
+        (ticks as u64).wrapping_shl(self.shift).wrapping_mul(BUS_CYCLE_NS)
     }
 
     fn set_period(&mut self) {
@@ -140,7 +140,7 @@ impl Timer {
         self.set_period();
         if let Some(target_ns) = self.target_ns {
             let left_ns = target_ns.saturating_sub(now_ns);
-            let left_ns = if self.shift > old { left_ns << (self.shift - old) } else { left_ns >> (old - self.shift) };
+            let left_ns = (left_ns >> (old & 7)).wrapping_shl(self.shift);
             self.target_ns = Some(now_ns.saturating_add(left_ns));
         }
         true
@@ -158,7 +158,7 @@ impl Timer {
             }
             None => 0,
         };
-        let ticks = (left_ns / BUS_CYCLE_NS) >> self.shift;
+        let ticks = (left_ns / BUS_CYCLE_NS) >> (self.shift & 7);
         ticks.min(self.initial as u64) as u32
     }
 
@@ -189,7 +189,7 @@ impl Timer {
 
 /// log2 of the divisor that a divide configuration stands for: bits 3, 1 and 0; 111b divides by 1.
 const fn divide_shift(register: u32) -> u32 {
-    let code = (register & 3) | (register & 8) >> 1;
+    let code = (register & 3) | ((register & 8) >> 1);
     (code + 1) & 7
 }
 
