@@ -152,8 +152,8 @@ impl<V: Vendor> DeviceOperations for System<V> {
                 user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), &entries[..])?;
                 Ok(0)
             }
-            KVM_GET_MSR_INDEX_LIST => write_list(at, msr::index_list(&self.0.msr_config)),
-            KVM_GET_MSR_FEATURE_INDEX_LIST => write_list(at, msr::feature_list(&self.0.msr_config)),
+            KVM_GET_MSR_INDEX_LIST => write_list(at, || msr::index_list(&self.0.msr_config)),
+            KVM_GET_MSR_FEATURE_INDEX_LIST => write_list(at, || msr::feature_list(&self.0.msr_config)),
             KVM_GET_MSRS => each_msr(at, |entry| {
                 entry.data = msr::feature_value(&self.0.msr_config, entry.index).ok_or(EINVAL)?;
                 Ok(())
@@ -168,15 +168,15 @@ impl<V: Vendor> DeviceOperations for System<V> {
 }
 
 /// Writes a `struct kvm_msr_list`: always its true length, and E2BIG when the caller has less room.
-fn write_list(at: Hva, list: impl Iterator<Item = u32> + Clone) -> Result<isize> {
+fn write_list<I: Iterator<Item = u32>>(at: Hva, list: impl Fn() -> I) -> Result<isize> {
     let head: KvmMsrList = user::read(at)?;
-    let count = list.clone().count();
+    let count = list().count();
     user::write(at, &KvmMsrList { nmsrs: count as u32 })?;
     if (head.nmsrs as usize) < count {
         return Err(E2BIG);
     }
     let mut indices = KVVec::with_capacity(count, GFP_KERNEL)?;
-    for index in list {
+    for index in list() {
         indices.push(index, GFP_KERNEL)?;
     }
     user::write(at.wrapping_add(size_of::<KvmMsrList>() as u64), &indices[..])?;

@@ -12,7 +12,7 @@ use kernel::{
 
 use crate::{
     abi::irq::{
-        KvmIoeventfd, KvmIrqRouting, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KVM_IOEVENTFD_FLAG_DATAMATCH,
+        KvmIoapicState, KvmIoeventfd, KvmIrqRouting, KvmIrqRoutingEntry, KvmPicState, KvmPitState2, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KVM_IOEVENTFD_FLAG_DATAMATCH,
         KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IOEVENTFD_FLAG_PIO, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
     },
     arch::{Gpa, Hva},
@@ -25,10 +25,10 @@ use crate::{
     },
     irqchip::{
         dest::Origin,
-        ioapic::{Ioapic, IoapicState, WINDOW_BYTES},
-        pic::{Pic, PicState, PicWork},
-        pit::{Pit, PitState},
-        routing::{self, Msi, RawRoute, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
+        ioapic::{Ioapic, WINDOW_BYTES},
+        pic::{Pic, PicWork},
+        pit::Pit,
+        routing::{self, Msi, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
         Eoi, LineSource, LineStatus, Message,
     },
     new_irq_spinlock,
@@ -95,8 +95,7 @@ struct Later {
     /// I/O APIC pins and 8259A pins that were acknowledged, as bits.
     ioapic_acknowledged: u32,
     pic_acknowledged: u16,
-    /// The PIT's deadline changed.
-    pit_changed: bool,
+    /// The PIT has a tick that waited.
     pit_again: bool,
 }
 
@@ -132,7 +131,7 @@ impl Controllers {
     /// Drives a GSI. The sum over its routes as KVM_IRQ_LINE_STATUS has it: negative when nothing was delivered, 0 when
     /// coalesced.
     pub(crate) fn set_gsi(&self, gsi: u32, source: LineSource, level: bool) -> i32 {
-        let mut result = -1;
+        let mut result = LineStatus::Ignored.kvm();
         let routes = self.routes.read();
         for route in routing::lookup(&routes.routes, &routes.starts, gsi) {
             let status = match route.target {
@@ -433,7 +432,7 @@ impl Irq {
         let chips = self.controllers.chips.lock();
         let ioapic = &chips.irqchip.as_ref()?.ioapic;
         let offset = gpa.0.wrapping_sub(ioapic.base().0);
-        (offset < u64::from(WINDOW_BYTES)).then(|| ioapic.read(offset as u32, len))
+        (offset < WINDOW_BYTES).then(|| ioapic.read(offset as u32, len))
     }
 
     /// A write to the I/O APIC or an ioeventfd. `false`: userspace has the address.
@@ -446,7 +445,7 @@ impl Irq {
             let mut chips = self.controllers.chips.lock();
             let Some(irqchip) = &mut chips.irqchip else { return false };
             let offset = gpa.0.wrapping_sub(irqchip.ioapic.base().0);
-            if offset >= u64::from(WINDOW_BYTES) {
+            if offset >= WINDOW_BYTES {
                 return false;
             }
             let work = irqchip.ioapic.write(offset as u32, len, value);
@@ -515,12 +514,12 @@ impl Irq {
     }
 
     /// KVM_GET_PIT2.
-    pub(crate) fn pit(&self) -> Result<PitState> {
+    pub(crate) fn pit(&self) -> Result<KvmPitState2> {
         self.controllers.chips.lock().pit.as_ref().map(|pit| pit.save()).ok_or(ENXIO)
     }
 
     /// KVM_SET_PIT2.
-    pub(crate) fn set_pit(&self, state: &PitState) -> Result {
+    pub(crate) fn set_pit(&self, state: &KvmPitState2) -> Result {
         let mut chips = self.controllers.chips.lock();
         let pit = chips.pit.as_mut().ok_or(ENXIO)?;
         pit.restore(state, timer::now_ns());
@@ -547,7 +546,7 @@ impl Irq {
         let models = chips.irqchip.as_mut().ok_or(ENXIO)?;
         match irqchip.chip_id {
             id @ 0..=1 => {
-                let (state, _) = PicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
+                let (state, _) = KvmPicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
                 let rose = models.pic.restore(id as usize, &state);
                 drop(chips);
                 if rose {
@@ -555,7 +554,7 @@ impl Irq {
                 }
             }
             2 => {
-                let (state, _) = IoapicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
+                let (state, _) = KvmIoapicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
                 let pins = models.ioapic.restore(&state);
                 for pin in (0..32u8).filter(|pin| pins & 1 << pin != 0) {
                     if let Some(message) = models.ioapic.service(pin) {
@@ -596,7 +595,7 @@ impl Irq {
             return Err(EINVAL);
         }
         let at = at.wrapping_add(size_of::<KvmIrqRouting>() as u64);
-        let raw: KVVec<RawRoute> = user::read_vec(at, head.nr as usize, MAX_ROUTES)?;
+        let raw: KVVec<KvmIrqRoutingEntry> = user::read_vec(at, head.nr as usize, MAX_ROUTES)?;
         let mut routes = KVVec::with_capacity(raw.len(), GFP_KERNEL_ACCOUNT)?;
         for raw in raw.iter() {
             routes.push(Route::from_raw(raw, RULES).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;

@@ -62,6 +62,9 @@ struct Nested<F: Format> {
     pages: TablePages,
 }
 
+// Nothing in it points into itself, whatever the format.
+impl<F: Format> Unpin for Nested<F> {}
+
 /// The part that the MMU notifier reaches.
 #[pin_data]
 pub(crate) struct Mapped<F: Format + 'static> {
@@ -341,7 +344,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             }
             let retired = pages.has_retired().then(|| pages.take_retired());
             drop(nested);
-            page.release(writable);
+            page.mapped(writable);
             if mapped.flush || retired.is_some() {
                 self.space.peers.flush_tlbs();
             }

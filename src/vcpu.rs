@@ -50,8 +50,6 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
-    /// Somebody changed what this vCPU waits for or reports.
-    pub(crate) const LOOK: u64 = 1 << 2;
 }
 
 /// What other threads see of a vCPU.
@@ -235,6 +233,9 @@ pub(crate) struct Core<V: Vendor> {
     /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
     pub(crate) sipi_vector: u8,
 }
+
+// Nothing in it points into itself, whatever the vendor.
+impl<V: Vendor> Unpin for Core<V> {}
 
 /// The file descriptor.
 #[pin_data]

@@ -85,9 +85,6 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn tsc_offset(&self) -> u64;
     /// Guest TSC is the host's plus this, wrapping.
     fn set_tsc_offset(&mut self, offset: u64);
-    /// Intercepts these exception vectors besides those that keep the host whole.
-    fn set_exception_intercepts(&mut self, vectors: u32);
-
     /// Delivers `event` at the next entry.
     fn inject(&mut self, event: Event);
     /// What the last exit interrupted the delivery of.

@@ -14,7 +14,7 @@ use kernel::{
 use crate::{
     abi::{
         ioctl::*,
-        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig},
+        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
         vm::{
             KvmClockData, KvmDirtyLog, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
             KVM_CLOCK_TSC_STABLE,
@@ -29,7 +29,6 @@ use crate::{
         timer, user,
     },
     irq::Irq,
-    irqchip::pit::PitState,
     memory::Memory,
     vcpu::{request, Peers, Vcpu},
     vendor::Vendor,
@@ -158,7 +157,7 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 Ok(0)
             }
             KVM_SET_PIT2 => {
-                this.irq.set_pit(&user::read::<PitState>(at)?)?;
+                this.irq.set_pit(&user::read::<KvmPitState2>(at)?)?;
                 Ok(0)
             }
             KVM_GET_IRQCHIP => {

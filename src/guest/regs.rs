@@ -26,8 +26,9 @@ pub enum Gpr {
     R15 = 15,
 }
 
-/// General-purpose registers (indexed by [`Gpr`]), instruction pointer and flags.
+/// General-purpose registers (indexed by [`Gpr`]), instruction pointer and flags. The world switch knows the layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct Regs {
     pub gpr: [u64; 16],
     pub rip: u64,

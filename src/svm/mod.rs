@@ -11,4 +11,3 @@ mod insn;
 mod vcpu;
 
 pub(crate) use cpu::Svm;
-pub(crate) use vcpu::SvmVcpu;

@@ -388,10 +388,6 @@ impl VendorVcpu for SvmVcpu {
         self.vmcb.control.tsc_offset = offset;
     }
 
-    fn set_exception_intercepts(&mut self, vectors: u32) {
-        self.vmcb.control.intercept_exceptions = EXCEPTIONS | vectors;
-    }
-
     fn inject(&mut self, event: Event) {
         let Vmcb { control, save } = &mut *self.vmcb;
         let (kind, vector) = match event {
