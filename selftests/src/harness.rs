@@ -67,6 +67,11 @@ pub fn emulated() -> bool {
     options().bed.contains("tcg") || options().bed.contains("bochs")
 }
 
+/// True under QEMU's TCG, whose CPU is lax here and there (no canonical checks in most MSRs, #GP for #SS, and so on).
+pub fn tcg() -> bool {
+    options().bed.contains("tcg")
+}
+
 /// The panic payload of `skip!`.
 pub struct Skip(pub String);
 
