@@ -143,3 +143,8 @@ ioctls! {
         KVM_PRE_FAULT_MEMORY = RW 0xd5 kvm_pre_fault_memory;
     }
 }
+
+// Flags of KVM_IOEVENTFD, which kvm-bindings has as bit numbers only.
+pub const KVM_IOEVENTFD_FLAG_DATAMATCH: u32 = 1;
+pub const KVM_IOEVENTFD_FLAG_PIO: u32 = 2;
+pub const KVM_IOEVENTFD_FLAG_DEASSIGN: u32 = 4;

@@ -5,10 +5,11 @@ use krabtest::harness::Group;
 
 pub mod api;
 pub mod host_state;
+pub mod irqchip;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
 pub mod real_mode;
 
 pub const GROUPS: &[Group] =
-    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP];
+    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP];
