@@ -255,6 +255,11 @@ fn save_and_restore() {
     let pins = copy.restore(&IoapicState { irr: !0, ..state });
     assert_eq!(pins, ALL_PINS);
     assert_eq!(copy.service(1).unwrap().vector, 0x31);
+    // The next edge comes while the pin is masked: that one was not delivered.
+    let _ = ioapic.set_line(1, User, false);
+    let _ = program(&mut ioapic, 1, MASKED | 0x31);
+    let _ = ioapic.set_line(1, User, true);
+    assert_eq!(ioapic.save().irr & (1 << 1), 1 << 1);
 }
 
 #[test]
