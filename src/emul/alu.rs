@@ -104,7 +104,8 @@ pub fn shift(which: Shift, size: u8, a: u64, count: u64, flags: u64) -> (u64, u6
     match which {
         Shift::Rol | Shift::Ror => {
             let left = if which == Shift::Rol { count % width } else { (width - count % width) % width };
-            let result = if left == 0 { a } else { (a << left | a >> (width - left)) & mask(size) };
+            let result =
+                if left == 0 { a } else { (a << left | a.wrapping_shr(width.wrapping_sub(left))) & mask(size) };
             let (carry, overflow) = if which == Shift::Rol {
                 (result & 1 != 0, top(result) != (result & 1 != 0))
             } else {

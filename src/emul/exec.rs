@@ -245,11 +245,13 @@ impl<'a, C: Cpu> Exec<'a, C> {
             }
             Op::Nop => Ok(()),
             Op::Fence => {
-                // Registers: LFENCE, MFENCE, SFENCE. Memory: XRSTOR and so on, of which CLFLUSH would do no harm, but translates.
-                if self.ins.has_memory() || self.ins.mandatory != 0 {
-                    return Err(Step::Unsupported);
+                match (self.ins.has_memory(), (self.ins.modrm >> 3) & 7, self.ins.mandatory) {
+                    // LFENCE, MFENCE, SFENCE.
+                    (false, _, 0) => Ok(()),
+                    // CLFLUSH, CLFLUSHOPT, CLWB: nothing to flush here, but the address must be good.
+                    (true, 7, 0 | 1) | (true, 6, 1) => self.operand_span(1, Access::Read).map(|_| ()),
+                    _ => Err(Step::Unsupported),
                 }
-                Ok(())
             }
             Op::Movs | Op::Cmps | Op::Stos | Op::Lods | Op::Scas => self.string(size),
             Op::Ins | Op::Outs => self.port_string(size.min(4)),
