@@ -13,17 +13,18 @@ pub const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 /// All ones in an operand of `size` bytes.
 #[inline]
 pub const fn mask(size: u8) -> u64 {
-    if size >= 8 {
-        u64::MAX
-    } else {
-        (1u64 << (size as u32 * 8)) - 1
-    }
+    u64::MAX >> (64 - bits(size))
 }
 
-/// Width of an operand of `size` bytes, in bits.
+/// Width of an operand of `size` bytes, in bits. Spelled out so that the compiler knows that no shift by it can overflow.
 #[inline]
 pub const fn bits(size: u8) -> u32 {
-    size as u32 * 8
+    match size {
+        1 => 8,
+        2 => 16,
+        4 => 32,
+        _ => 64,
+    }
 }
 
 /// The most significant bit of an operand of `size` bytes.
@@ -103,7 +104,8 @@ pub fn shift(which: Shift, size: u8, a: u64, count: u64, flags: u64) -> (u64, u6
     match which {
         Shift::Rol | Shift::Ror => {
             let left = if which == Shift::Rol { count % width } else { (width - count % width) % width };
-            let result = if left == 0 { a } else { (a << left | a >> (width - left)) & mask(size) };
+            let result =
+                if left == 0 { a } else { (a << left | a.wrapping_shr(width.wrapping_sub(left))) & mask(size) };
             let (carry, overflow) = if which == Shift::Rol {
                 (result & 1 != 0, top(result) != (result & 1 != 0))
             } else {
@@ -116,7 +118,7 @@ pub fn shift(which: Shift, size: u8, a: u64, count: u64, flags: u64) -> (u64, u6
             let wide = width + 1;
             let left = if which == Shift::Rcl { count % wide } else { (wide - count % wide) % wide };
             let value = (a as u128) | (((flags & CF) as u128) << width);
-            let turned = if left == 0 { value } else { value << left | value >> (wide - left) };
+            let turned = if left == 0 { value } else { value << left | value.wrapping_shr(wide.wrapping_sub(left)) };
             let result = turned as u64 & mask(size);
             let carry = (turned >> width) & 1 != 0;
             let overflow = if which == Shift::Rcl { top(result) != carry } else { top(result) != top(result << 1) };
@@ -131,7 +133,7 @@ pub fn shift(which: Shift, size: u8, a: u64, count: u64, flags: u64) -> (u64, u6
         Shift::Shr | Shift::Sar => {
             let value = if which == Shift::Sar { sign_extend(size, a) as i64 as i128 } else { a as i128 };
             let result = (value >> count) as u64 & mask(size);
-            let carry = (value >> (count - 1)) & 1 != 0;
+            let carry = value.wrapping_shr(count.wrapping_sub(1)) & 1 != 0;
             let overflow = which == Shift::Shr && top(a);
             (result, flags & !ARITHMETIC | flag(carry, CF) | flag(overflow, OF) | szp(size, result))
         }
@@ -150,10 +152,17 @@ pub fn double_shift(left: bool, size: u8, a: u64, b: u64, count: u64, flags: u64
     let (result, carry) = if left {
         let wide = ((a as u128) << width | b as u128) << again.1 | again.0;
         let result = (wide << count) >> (width + again.1);
-        (result as u64 & mask(size), if count <= width { a >> (width - count) } else { b >> (2 * width - count) })
+        (
+            result as u64 & mask(size),
+            if count <= width {
+                a.wrapping_shr(width.wrapping_sub(count))
+            } else {
+                b.wrapping_shr((2 * width).wrapping_sub(count))
+            },
+        )
     } else {
         let wide = (b as u128) << width | a as u128 | again.0 << 32;
-        ((wide >> count) as u64 & mask(size), (wide >> (count - 1)) as u64)
+        ((wide >> count) as u64 & mask(size), wide.wrapping_shr(count.wrapping_sub(1)) as u64)
     };
     let overflow = (a ^ result) & sign(size) != 0;
     (result, flags & !ARITHMETIC | flag(carry & 1 != 0, CF) | flag(overflow, OF) | szp(size, result))
@@ -181,7 +190,7 @@ pub fn divide(size: u8, high: u64, low: u64, divisor: u64) -> Option<(u64, u64)>
         return None; // zero, or a quotient too large
     }
     if size < 8 {
-        let dividend = high << bits(size) | low;
+        let dividend = high.wrapping_shl(bits(size)) | low;
         return Some((dividend.checked_div(divisor)?, dividend.checked_rem(divisor)?));
     }
     // 128 by 64 bits, one bit at a time: the kernel has no 128-bit division.

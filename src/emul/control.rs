@@ -5,7 +5,7 @@
 //! protected mode needs descriptor checks that no user of the emulator asks for.
 #![forbid(unsafe_code)]
 
-use super::alu::{condition, mask};
+use super::alu::{bits, condition, mask};
 use super::decode::{segment_name, Map, Mode};
 use super::exec::Exec;
 use super::memory::{canonical, Place};
@@ -202,7 +202,7 @@ impl<C: Cpu> Exec<'_, C> {
         let mut data = [0u8; 16];
         self.load_bytes(&span, data.get_mut(..size as usize + 2).unwrap_or_default())?;
         let value = u128::from_le_bytes(data);
-        Ok((value as u64 & mask(size), (value >> (8 * size as u32)) as u16))
+        Ok((value as u64 & mask(size), (value >> bits(size)) as u16))
     }
 
     fn load_far_pointer(&mut self, size: u8) -> Flow<()> {

@@ -171,6 +171,17 @@ impl<'a, C: Cpu> Exec<'a, C> {
             Op::Bsf | Op::Bsr | Op::Popcnt => self.bit_scan(size),
             Op::Movsxd => self.movsxd(size),
             Op::Movbe => self.movbe(size),
+            Op::Movnti => {
+                if self.ins.mandatory != 0 {
+                    return Err(UD);
+                }
+                // There is no form of 16 bits.
+                let size = if self.ins.rex & rex::W != 0 { 8 } else { 4 };
+                let span = self.operand_span(size, Access::Write)?;
+                let value = self.reg(self.ins.reg(), size);
+                self.store(&span, value);
+                Ok(())
+            }
             Op::Lea => {
                 let offset = self.place().offset;
                 self.set_reg(self.ins.reg(), size, offset);
@@ -234,11 +245,13 @@ impl<'a, C: Cpu> Exec<'a, C> {
             }
             Op::Nop => Ok(()),
             Op::Fence => {
-                // Registers: LFENCE, MFENCE, SFENCE. Memory: XRSTOR and so on, of which CLFLUSH would do no harm, but translates.
-                if self.ins.has_memory() || self.ins.mandatory != 0 {
-                    return Err(Step::Unsupported);
+                match (self.ins.has_memory(), (self.ins.modrm >> 3) & 7, self.ins.mandatory) {
+                    // LFENCE, MFENCE, SFENCE.
+                    (false, _, 0) => Ok(()),
+                    // CLFLUSH, CLFLUSHOPT, CLWB: nothing to flush here, but the address must be good.
+                    (true, 7, 0 | 1) | (true, 6, 1) => self.operand_span(1, Access::Read).map(|_| ()),
+                    _ => Err(Step::Unsupported),
                 }
-                Ok(())
             }
             Op::Movs | Op::Cmps | Op::Stos | Op::Lods | Op::Scas => self.string(size),
             Op::Ins | Op::Outs => self.port_string(size.min(4)),
@@ -557,9 +570,6 @@ impl<'a, C: Cpu> Exec<'a, C> {
         if flags & ZF != 0 {
             let new = self.reg(self.ins.reg(), size);
             return self.update(&target, size, old, new, false);
-        }
-        if let Operand::Register(number) = target {
-            self.set_reg(number, size, old);
         }
         self.set_reg(0, size, old);
         Ok(())

@@ -46,39 +46,68 @@ pub(super) fn canonical<C: Cpu>(cpu: &C, at: u64) -> bool {
     is_canonical(at, 48) || (cpu.cr(4) & cr4::LA57 != 0 && is_canonical(at, 57))
 }
 
-/// Fetches and decodes the instruction at `rip`; `bytes` spare the fetch if they are enough.
-#[inline]
-pub(super) fn fetch<C: Cpu>(cpu: &mut C, mode: Mode, rip: u64, bytes: Option<&[u8]>) -> Flow<Instruction> {
-    if let Some(bytes) = bytes {
-        if let Ok(instruction) = decode(bytes, mode) {
-            return Ok(instruction);
+/// A decoded instruction and the code it was decoded from. Guests access a device from few places, so this spares most decoding.
+#[derive(Debug)]
+pub(super) struct Decoded {
+    pub instruction: Instruction,
+    pub mode: Mode,
+    code: u128,
+    /// Ones where `code` is the instruction.
+    mask: u128,
+}
+
+impl Decoded {
+    pub(super) const EMPTY: Self = Self { instruction: Instruction::EMPTY, mode: Mode::Real, code: 0, mask: 0 };
+
+    /// Makes this the instruction at the start of `code`, of which `have` bytes count.
+    #[inline]
+    fn set(&mut self, code: &[u8; 16], have: usize, mode: Mode) -> Result<(), DecodeError> {
+        let number = u128::from_le_bytes(*code);
+        let known = self.instruction.length != 0 && self.instruction.length as usize <= have && self.mode == mode;
+        if known && (number ^ self.code) & self.mask == 0 {
+            return Ok(());
         }
+        let instruction = decode(code.get(..have).unwrap_or_default(), mode)?;
+        let unused = 16u32.saturating_sub(instruction.length as u32) * 8;
+        *self = Self { instruction, mode, code: number, mask: u128::MAX.checked_shr(unused).unwrap_or_default() };
+        Ok(())
     }
-    let mut code = [0u8; MAX_LENGTH];
-    // How many bytes the code segment allows, and where they are.
-    let (linear, allowed) = if mode.is_long() {
-        (rip, MAX_LENGTH)
-    } else {
-        let cs = cpu.segment(SegmentName::Cs);
-        let allowed = (cs.limit as u64).wrapping_add(1).saturating_sub(rip).min(MAX_LENGTH as u64) as usize;
-        (cs.base.wrapping_add(rip) & mask(4), allowed)
-    };
-    if allowed == 0 || (mode.is_long() && !canonical(cpu, rip)) {
-        return Err(GP);
+
+    /// Fetches and decodes the instruction at `rip`; `bytes` spare the fetch if they are enough.
+    #[inline]
+    pub(super) fn fetch<C: Cpu>(&mut self, cpu: &mut C, mode: Mode, rip: u64, bytes: Option<&[u8]>) -> Flow<()> {
+        let mut code = [0u8; 16];
+        if let Some(bytes) = bytes {
+            for (to, from) in code.iter_mut().zip(bytes) {
+                *to = *from;
+            }
+            if self.set(&code, bytes.len().min(MAX_LENGTH), mode).is_ok() {
+                return Ok(());
+            }
+        }
+        // How many bytes the code segment allows, and where they are.
+        let (linear, allowed) = if mode.is_long() {
+            (rip, MAX_LENGTH)
+        } else {
+            let cs = cpu.segment(SegmentName::Cs);
+            let allowed = (cs.limit as u64).wrapping_add(1).saturating_sub(rip).min(MAX_LENGTH as u64) as usize;
+            (cs.base.wrapping_add(rip) & mask(4), allowed)
+        };
+        if allowed == 0 || (mode.is_long() && !canonical(cpu, rip)) {
+            return Err(GP);
+        }
+        let have = allowed.min((PAGE_SIZE - Gva(linear).page_offset()) as usize);
+        read_code(cpu, linear, code.get_mut(..have).unwrap_or_default())?;
+        let mut result = self.set(&code, have, mode);
+        if matches!(result, Err(DecodeError::Truncated)) && have < allowed {
+            let next = linear.wrapping_add(have as u64);
+            let next = if mode.is_long() { next } else { next & mask(4) };
+            read_code(cpu, next, code.get_mut(have..allowed).unwrap_or_default())?;
+            result = self.set(&code, allowed, mode);
+        }
+        // Too long, or past the limit of the code segment.
+        result.map_err(|_| GP)
     }
-    let in_page = (PAGE_SIZE - Gva(linear).page_offset()) as usize;
-    let mut have = allowed.min(in_page);
-    read_code(cpu, linear, code.get_mut(..have).unwrap_or_default())?;
-    let mut result = decode(code.get(..have).unwrap_or_default(), mode);
-    if matches!(result, Err(DecodeError::Truncated)) && have < allowed {
-        let next =
-            if mode.is_long() { linear.wrapping_add(have as u64) } else { linear.wrapping_add(have as u64) & mask(4) };
-        read_code(cpu, next, code.get_mut(have..allowed).unwrap_or_default())?;
-        have = allowed;
-        result = decode(code.get(..have).unwrap_or_default(), mode);
-    }
-    // Too long, or past the limit of the code segment.
-    result.map_err(|_| GP)
 }
 
 #[inline]

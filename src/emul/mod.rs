@@ -57,9 +57,13 @@ use crate::arch::{Gpa, Gva};
 use crate::guest::event::vector as exception;
 use crate::guest::Exception;
 use exec::Exec;
+use memory::Decoded;
 
 /// Iterations of a REP between two chances for an interrupt.
 pub const REP_BUDGET: u32 = 128;
+
+/// Instructions that an [`Emulator`] keeps decoded. A power of two.
+const SLOTS: usize = 4;
 
 /// Most device accesses that one instruction (or one iteration) makes in one direction.
 const FRAGMENTS: usize = 8;
@@ -293,15 +297,15 @@ impl Io {
     }
 }
 
-/// The emulator of one vCPU, about 450 bytes.
+/// The emulator of one vCPU, about 800 bytes.
 #[derive(Debug)]
 pub struct Emulator {
     io: Io,
-    instruction: Instruction,
-    mode: Mode,
-    /// Where `instruction` was, for as long as a read is open.
+    /// The last instructions, each in the slot of its address.
+    decoded: [Decoded; SLOTS],
+    /// Where the instruction in progress is.
     rip: u64,
-    /// An answer came: the next step resumes `instruction`.
+    /// An answer came: the next step resumes the instruction in progress.
     resume: bool,
     /// A REP stopped early.
     repeating: bool,
@@ -326,8 +330,7 @@ impl Emulator {
                 waiting: Waiting::Nothing,
                 port_elements: 0,
             },
-            instruction: Instruction::EMPTY,
-            mode: Mode::Real,
+            decoded: [Decoded::EMPTY; SLOTS],
             rip: 0,
             resume: false,
             repeating: false,
@@ -383,21 +386,22 @@ impl Emulator {
             return write;
         }
         let rip = cpu.rip();
+        let decoded = &mut self.decoded[((rip >> 2 ^ rip) as usize) % SLOTS];
         if self.resume && self.rip == rip {
             self.io.used = 0;
         } else {
             self.io.forget();
             self.rip = rip;
-            self.mode = cpu.mode();
-            self.instruction = match memory::fetch(cpu, self.mode, rip, bytes) {
-                Ok(instruction) => instruction,
-                Err(step) => return without_code(step, self.mode),
-            };
+            let mode = cpu.mode();
+            if let Err(step) = decoded.fetch(cpu, mode, rip, bytes) {
+                return without_code(step, mode);
+            }
         }
+        let (instruction, mode) = (&decoded.instruction, decoded.mode);
         self.resume = false;
         self.repeating = false;
 
-        let mut exec = Exec::new(cpu, &mut self.io, &self.instruction, self.mode, rip);
+        let mut exec = Exec::new(cpu, &mut self.io, instruction, mode, rip);
         let result = exec.run().map(|()| exec.retire());
         if let Err(step @ (Step::MmioRead { .. } | Step::PortIn { .. })) = result {
             return step;
@@ -406,10 +410,10 @@ impl Emulator {
         match result {
             Err(step @ (Step::Fault(_) | Step::Unsupported)) => {
                 (self.io.queued, self.io.handed_out) = (0, 0);
-                without_code(step, self.mode)
+                without_code(step, mode)
             }
             result => {
-                self.repeating = cpu.rip() == rip && self.instruction.has(prefix::REP | prefix::REPNE);
+                self.repeating = cpu.rip() == rip && instruction.has(prefix::REP | prefix::REPNE);
                 match result {
                     Ok(()) | Err(Step::Done) => self.io.next_write().unwrap_or(Step::Done),
                     Err(step) => step,

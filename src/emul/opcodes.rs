@@ -83,6 +83,7 @@ pub enum Op {
     /// MOVSXD in 64-bit mode, else ARPL.
     Movsxd,
     Movbe,
+    Movnti,
     Lea,
     Xchg,
     /// XCHG of the accumulator with the register in the opcode; 90h is NOP.
@@ -487,7 +488,7 @@ const fn two_byte() -> [Entry; 256] {
         i += 1;
     }
     // MPX BNDLDX, BNDMOV and so on live in 1A and 1B: without MPX they are hints.
-    t[0x0D] = modrm(Op::Nop, Form::None, MEMORY); // PREFETCHW
+    t[0x0D] = modrm(Op::Nop, Form::None, 0); // PREFETCHW
     t[0x00] = modrm(Op::Group6, Form::Rm, PROTECTED);
     t[0x01] = modrm(Op::Group7, Form::Rm, 0);
     t[0x06] = bare(Op::Clts);
@@ -527,7 +528,7 @@ const fn two_byte() -> [Entry; 256] {
     t[0xBF] = modrm(Op::Movsx16, Form::RegRm, 0);
     t[0xC0] = modrm(Op::Xadd, Form::RmReg, BYTE | LOCK);
     t[0xC1] = modrm(Op::Xadd, Form::RmReg, LOCK);
-    t[0xC3] = modrm(Op::Mov, Form::RmReg, MEMORY); // MOVNTI
+    t[0xC3] = modrm(Op::Movnti, Form::RmReg, MEMORY);
     t[0xC7] = modrm(Op::Group9, Form::Rm, 0);
     t[0xFF] = modrm(Op::Undefined, Form::None, 0); // UD0
     t

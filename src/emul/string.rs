@@ -161,7 +161,7 @@ impl<C: Cpu> Exec<'_, C> {
         let elements = self.io.port_elements as u64;
         if elements == 0 {
             let mut count = self.batch(place, size, true)?;
-            let span = self.span(place, count as usize * size as usize, Access::Write)?;
+            let span = self.span(place, (count as usize).wrapping_mul(size as usize), Access::Write)?;
             // A device as the destination takes one element at a time.
             if count > 1 && !self.is_ram(&span) {
                 count = 1;
@@ -193,7 +193,7 @@ impl<C: Cpu> Exec<'_, C> {
     fn output(&mut self, port: u16, size: u8) -> Flow<()> {
         let place = self.source();
         let mut count = self.batch(place, size, false)?;
-        let span = self.span(place, count as usize * size as usize, Access::Read)?;
+        let span = self.span(place, (count as usize).wrapping_mul(size as usize), Access::Read)?;
         if count > 1 && !self.is_ram(&span) {
             count = 1;
         }

@@ -109,7 +109,7 @@ impl<C: Cpu> Exec<'_, C> {
         let span = if memory {
             let place = self.place();
             let aligned = matches!(kind, Kind::Aligned | Kind::Stream);
-            if aligned && self.linear(place, len, store)?.0 & (len as u64 - 1) != 0 {
+            if aligned && self.linear(place, len, store)?.0 & (len as u64).wrapping_sub(1) != 0 {
                 return Err(GP);
             }
             Some(self.span(place, len, access)?)
