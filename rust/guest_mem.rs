@@ -25,7 +25,7 @@ use kernel::{
 };
 
 use super::{
-    bindings as own, error,
+    bindings as own, error, host_walk,
     lock::IrqSpinLock,
     page::{page_to_hpa, PAGE_SIZE},
 };
@@ -174,12 +174,7 @@ impl<T: Invalidate> AddressSpace<T> {
         let got = unsafe { bindings::get_user_pages_unlocked(address, 1, &mut page, how) };
         if got == 1 {
             // INVARIANT: the reference is ours.
-            let page = HostPage::counted(page, hva, want == Want::Write);
-            // A page that came for reading may have come writable.
-            return Ok(match want {
-                Want::ReadMaybeWrite => self.fault_in_fast(hva, Want::Write).unwrap_or(page),
-                _ => page,
-            });
+            return Ok(self.counted(page, hva, want == Want::Write));
         }
         match got as c_int {
             code if code == EINTR.to_errno() || code == EAGAIN.to_errno() => Err(EINTR),
@@ -191,33 +186,41 @@ impl<T: Invalidate> AddressSpace<T> {
     /// The page at `hva` if it is present with the wanted rights. Never sleeps; works with interrupts off.
     #[inline]
     pub fn fault_in_fast(&self, hva: Hva, want: Want) -> Option<HostPage> {
-        // Maps a read fault writable right away where that costs nothing.
-        let write = want != Want::Read;
         if !self.is_current() {
             return None;
         }
-        let how = if write { bindings::FOLL_WRITE } else { 0 };
+        let write = want == Want::Write;
+        // SAFETY: it is the current address space.
+        if let Some(seen) = unsafe { host_walk::peek(self.mm.as_raw(), hva, write) } {
+            let writable = seen.writable && want != Want::Read;
+            // INVARIANT: no reference.
+            return Some(HostPage { page: ptr::null_mut(), hpa: seen.hpa, writable, level: seen.level, memory: true });
+        }
         let mut page = ptr::null_mut();
+        let how = if write { bindings::FOLL_WRITE } else { 0 };
         // SAFETY: there is room for one page; allowed in any context but NMI.
         let got = unsafe { bindings::get_user_pages_fast_only(hva.page_base().0 as usize, 1, how, &mut page) };
         // INVARIANT: the reference is ours.
-        (got == 1).then(|| HostPage::counted(page, hva, write))
+        (got == 1).then(|| self.counted(page, hva, write))
     }
 
-    /// The run of present pages from `hva` on, all with the wanted right, at most [`HostPages::MAX`] and `count`. Never sleeps.
+    /// The present pages from `hva` on with the wanted right, at most [`HostPages::MAX`] and `count`, and not past the 2 MiB that
+    /// `hva` is in. Never sleeps.
     pub fn present(&self, hva: Hva, count: usize, write: bool) -> HostPages {
-        let mut run = HostPages { pages: [ptr::null_mut(); HostPages::MAX], count: 0, writable: write };
+        let mut run = HostPages { frames: [None; HostPages::MAX], count: 0 };
         if self.is_current() {
-            let how = if write { bindings::FOLL_WRITE } else { 0 };
-            let want = count.min(HostPages::MAX) as c_int;
-            // SAFETY: there is room for `want` pages; allowed in any context but NMI.
-            let got = unsafe {
-                bindings::get_user_pages_fast_only(hva.page_base().0 as usize, want, how, run.pages.as_mut_ptr())
-            };
-            // INVARIANT: the references to these pages are ours.
-            run.count = got.clamp(0, want) as usize;
+            let frames = run.frames.get_mut(..count.min(HostPages::MAX)).unwrap_or_default();
+            // SAFETY: it is the current address space.
+            run.count = unsafe { host_walk::peek_run(self.mm.as_raw(), hva, write, frames) };
         }
         run
+    }
+
+    /// A page that came with a reference, which is now the result's.
+    fn counted(&self, page: *mut bindings::page, hva: Hva, writable: bool) -> HostPage {
+        // SAFETY: whoever looks up pages has checked that it is the current address space.
+        let level = unsafe { host_walk::level(self.mm.as_raw(), hva) };
+        HostPage { page, hpa: page_to_hpa(page), writable, level, memory: true }
     }
 
     /// Memory without page descriptors, or whose descriptors nobody counts: devices.
@@ -244,8 +247,9 @@ impl<T: Invalidate> AddressSpace<T> {
                 let page = HostPage {
                     page: ptr::null_mut(),
                     hpa: Hpa((map.pfn as u64).wrapping_mul(PAGE_SIZE as u64)),
-                    writable: map.writable,
+                    writable: map.writable && want != Want::Read,
                     level,
+                    memory: false,
                 };
                 // SAFETY: pairs with the start.
                 unsafe { bindings::follow_pfnmap_end(&mut map) };
@@ -371,29 +375,19 @@ pub enum Want {
 ///
 /// # Invariants
 ///
-/// Owns one reference of `page` if that is not null.
+/// Owns one reference of `page` if that is not null. Without one, nothing is owed to the page.
 pub struct HostPage {
     page: *mut bindings::page,
     hpa: Hpa,
     writable: bool,
     level: Level,
+    memory: bool,
 }
 
 // SAFETY: a page reference may be dropped anywhere.
 unsafe impl Send for HostPage {}
 
 impl HostPage {
-    /// Takes over the caller's reference.
-    fn counted(page: *mut bindings::page, hva: Hva, writable: bool) -> Self {
-        // SAFETY: the page is referenced; the walk of the current address space turns interrupts off itself.
-        let level = match unsafe { own::krab_host_mapping_level(page, hva.0 as usize) } {
-            3 => Level::Page1G,
-            2 => Level::Page2M,
-            _ => Level::Page4K,
-        };
-        Self { page, hpa: page_to_hpa(page), writable, level }
-    }
-
     /// Its physical address, of the 4 KiB that was asked for.
     #[inline]
     pub fn hpa(&self) -> Hpa {
@@ -415,11 +409,11 @@ impl HostPage {
     /// Whether it is ordinary memory; otherwise it belongs to a device.
     #[inline]
     pub fn is_memory(&self) -> bool {
-        !self.page.is_null()
+        self.memory
     }
 
     /// Lets go of a page that the guest now uses: it counts as accessed, and as dirty when it is mapped for `writing`.
-    pub fn mapped(self, writing: bool) {
+    pub fn release(self, writing: bool) {
         let this = ManuallyDrop::new(self);
         if !this.page.is_null() {
             // SAFETY: the reference is ours, and is not used again.
@@ -437,47 +431,20 @@ impl Drop for HostPage {
     }
 }
 
-/// A run of present pages, for mapping around a fault.
-///
-/// # Invariants
-///
-/// Owns one reference of each of the first `count` pages.
+/// A run of neighbouring pages, for mapping around a fault. Good only as long as `must_retry_range` says no.
 pub struct HostPages {
-    pages: [*mut bindings::page; Self::MAX],
+    frames: [Option<Hpa>; Self::MAX],
     count: usize,
-    writable: bool,
 }
 
 impl HostPages {
     /// Most pages in a run.
     pub const MAX: usize = 16;
 
-    /// The physical addresses, in order.
-    pub fn iter(&self) -> impl Iterator<Item = Hpa> + '_ {
-        self.pages.iter().take(self.count).map(|page| page_to_hpa(*page))
-    }
-
-    /// Pages in the run.
-    pub fn len(&self) -> usize {
-        self.count
-    }
-
-    /// Lets go of pages that the guest now uses.
-    pub fn mapped(self) {
-        let this = ManuallyDrop::new(self);
-        for &page in this.pages.iter().take(this.count) {
-            // SAFETY: the references are ours, and are not used again.
-            unsafe { own::krab_put_used_page(page, this.writable) };
-        }
-    }
-}
-
-impl Drop for HostPages {
-    fn drop(&mut self) {
-        for &page in self.pages.iter().take(self.count) {
-            // SAFETY: the references are ours by the type invariant.
-            unsafe { own::krab_put_page(page) };
-        }
+    /// The physical addresses in order; `None` where there is no page.
+    #[inline]
+    pub fn addresses(&self) -> &[Option<Hpa>] {
+        self.frames.get(..self.count).unwrap_or_default()
     }
 }
 

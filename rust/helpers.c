@@ -119,44 +119,6 @@ void krab_raw_spin_assert_held(struct raw_spinlock *lock)
 
 /* guest_mem.rs */
 
-/*
- * At which level (1: 4 KiB, 2: 2 MiB, 3: 1 GiB) the current address space maps @address, where @page was found. Page tables
- * that are freed wait for interrupts to be on everywhere; entries may change under the walk, so each is read once.
- */
-unsigned int krab_host_mapping_level(struct page *page, unsigned long address)
-{
-	unsigned int level = 1;
-	unsigned long flags;
-	pgd_t pgd;
-	p4d_t p4d;
-	pud_t pud;
-	pmd_t pmd;
-
-	if (!PageCompound(page))
-		return level;
-
-	local_irq_save(flags);
-	pgd = READ_ONCE(*pgd_offset(current->mm, address));
-	if (pgd_none(pgd))
-		goto out;
-	p4d = READ_ONCE(*p4d_offset(&pgd, address));
-	if (!p4d_present(p4d))
-		goto out;
-	pud = READ_ONCE(*pud_offset(&p4d, address));
-	if (!pud_present(pud))
-		goto out;
-	if (pud_leaf(pud)) {
-		level = 3;
-		goto out;
-	}
-	pmd = READ_ONCE(*pmd_offset(&pud, address));
-	if (pmd_present(pmd) && pmd_leaf(pmd))
-		level = 2;
-out:
-	local_irq_restore(flags);
-	return level;
-}
-
 void krab_put_used_page(struct page *page, bool dirty)
 {
 	if (!PageReserved(page)) {

@@ -38,7 +38,6 @@ void krab_get_page(struct page *page);
 void krab_put_page(struct page *page);
 
 /* guest_mem.rs */
-unsigned int krab_host_mapping_level(struct page *page, unsigned long address);
 void krab_put_used_page(struct page *page, bool dirty);
 void krab_send_hwpoison(void *address);
 

@@ -9,6 +9,7 @@ pub(crate) mod eventfd;
 pub(crate) mod fd;
 pub(crate) mod fpu;
 pub(crate) mod guest_mem;
+mod host_walk;
 pub(crate) mod kick;
 pub(crate) mod lock;
 pub(crate) mod page;
