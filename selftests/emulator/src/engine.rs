@@ -126,7 +126,8 @@ impl Engine {
         let count = self.registers.len();
         self.unicorn.reg_write_batch(self.registers, &values[..count], count as i32).expect("registers");
         *self.unicorn.get_data_mut() = None;
-        let result = self.unicorn.emu_start(state.rip, until, 0, 0);
+        // The limit is for an engine that goes elsewhere, perhaps for ever.
+        let result = self.unicorn.emu_start(state.rip, until, 0, 200);
         let read = self.unicorn.reg_read_batch(&mut self.registers.to_vec(), count as i32).expect("registers");
         let mut after = State { rip: read[9], rflags: read[8], gpr: [0; 16] };
         after.gpr[..8].copy_from_slice(&read[..8]);

@@ -64,6 +64,8 @@ fn engine_differs(ins: &Instruction, mode: Mode, ours: Outcome) -> bool {
         // Writes the accumulator, or a destination register, when they should stay: seen in the upper halves.
         Op::Cmpxchg => ins.operand_size == 4 && mode.is_long(),
         Op::VectorMove => undefined || (ins.has(prefix::OPERAND) && ins.has(prefix::REP | prefix::REPNE)),
+        // Flushes without looking at the address.
+        Op::Fence => ins.has_memory(),
         // Has no TEST at ModRM.reg 1.
         Op::Test => ins.form == Form::RmImm && (ins.modrm >> 3) & 7 == 1,
         _ => false,
