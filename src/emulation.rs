@@ -107,7 +107,7 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
             2 => hw.cr2(),
             3 => hw.cr3(),
             4 => hw.cr4(),
-            _ => self.state.cr8.into(),
+            _ => self.state.current_cr8().into(),
         }
     }
 
@@ -222,16 +222,13 @@ impl<V: Vendor> Vcpu<V> {
             let step = emulator.step(&mut emulated, bytes);
             let lost = emulated.lost;
             drop(emulated);
+            // An instruction, or an iteration of one, is over.
+            let over = state.regs.rip != rip || matches!(step, Step::Done) && emulator.is_repeating();
+            if traps && over && !matches!(step, Step::Fault(_)) {
+                state.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
+            }
             let done = match step {
-                Step::Done => {
-                    if traps && state.regs.rip != rip {
-                        state.events.raise(Exception {
-                            payload: Some(dr::DR6_BS),
-                            ..Exception::plain(vector::DB)
-                        });
-                    }
-                    true
-                }
+                Step::Done => true,
                 Step::MmioRead { gpa, len } => match state.device_read(vm, gpa, len) {
                     Some(value) => {
                         emulator.complete_read(value.to_le_bytes().get(..usize::from(len)).unwrap_or(&[]));

@@ -452,7 +452,11 @@ impl<V: Vendor> Vcpu<V> {
             Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),
             Exit::Xsetbv => self.handle_xsetbv(core),
-            Exit::Shutdown => return Ok(Some(ToUser::Shutdown)),
+            Exit::Shutdown => {
+                // What the CPU leaves of the guest's state is undefined on AMD: it becomes that after INIT.
+                state.reset_cpu();
+                return Ok(Some(ToUser::Shutdown));
+            }
             Exit::EntryFailure { reason } => return Ok(Some(ToUser::FailEntry { reason: *reason })),
             Exit::Unknown { reason } => return Ok(Some(ToUser::UnexpectedExit { reason: *reason })),
             _ => Ok(()),

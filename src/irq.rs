@@ -25,7 +25,7 @@ use crate::{
     },
     irqchip::{
         dest::Origin,
-        ioapic::{Ioapic, WINDOW_BYTES},
+        ioapic::{Ioapic, STORM_PAUSE_NS, WINDOW_BYTES},
         pic::{Pic, PicWork},
         pit::Pit,
         routing::{self, Msi, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
@@ -182,26 +182,40 @@ impl Controllers {
         }
     }
 
-    /// A local APIC ended an interrupt.
-    pub(crate) fn eoi(&self, eoi: Eoi) {
+    /// A local APIC ended an interrupt. Whether a storm is to be paused: then [`resume`](Self::resume) is due.
+    fn eoi(&self, eoi: Eoi) -> bool {
         let mut later = Later::default();
+        let paused;
         {
             let mut chips = self.chips.lock();
-            let Some(irqchip) = &mut chips.irqchip else { return };
+            let Some(irqchip) = &mut chips.irqchip else { return false };
             let work = irqchip.ioapic.eoi(eoi);
-            // A storm of one level-triggered line only slows its own guest down: every delivery is an exit of its own.
-            let again = work.again | if work.paused { irqchip.ioapic.resume() } else { 0 };
-            for pin in (0..32u8).filter(|pin| again & 1 << pin != 0) {
-                if let Some(message) = irqchip.ioapic.service(pin) {
-                    self.send_pin(&mut irqchip.ioapic, pin, &message);
-                }
-            }
+            paused = work.paused;
+            self.service_pins(&mut irqchip.ioapic, work.again);
             later.ioapic_acknowledged = work.acknowledged;
             if work.acknowledged & 1 << PIT_GSI != 0 {
                 later.pit_again = chips.pit.as_mut().is_some_and(|pit| pit.irq_acknowledged());
             }
         }
         self.finish(&later);
+        paused
+    }
+
+    /// Lets the pins go on that a storm paused.
+    fn resume(&self) {
+        if let Some(irqchip) = &mut self.chips.lock().irqchip {
+            let pins = irqchip.ioapic.resume();
+            self.service_pins(&mut irqchip.ioapic, pins);
+        }
+    }
+
+    /// Delivers for each of the pins (as bits) whose line is high.
+    fn service_pins(&self, ioapic: &mut Ioapic, pins: u32) {
+        for pin in (0..32u8).filter(|pin| pins & 1 << pin != 0) {
+            if let Some(message) = ioapic.service(pin) {
+                self.send_pin(ioapic, pin, &message);
+            }
+        }
     }
 
     /// What had to wait for the lock.
@@ -287,6 +301,16 @@ impl TimerTarget for PitTimer {
     }
 }
 
+/// Ends the pause of a level-triggered line that interrupted again and again.
+struct StormTimer(Arc<Controllers>);
+
+impl TimerTarget for StormTimer {
+    fn expired(&self) -> Option<u64> {
+        self.0.resume();
+        None
+    }
+}
+
 /// An irqfd's GSI.
 struct IrqfdLine {
     controllers: Arc<Controllers>,
@@ -312,6 +336,7 @@ pub(crate) struct Irq {
     controllers: Arc<Controllers>,
     ioevents: SrcuCell<KVVec<Ioevent>>,
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
+    storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
     irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
     /// KVM_CREATE_IRQCHIP happened.
@@ -328,6 +353,7 @@ impl Irq {
             controllers: Controllers::new(peers)?,
             ioevents: SrcuCell::new(KVVec::new())?,
             pit_timer: SetOnce::new(),
+            storm_timer: SetOnce::new(),
             irqfds <- kernel::new_mutex!(KVec::new()),
             created: false.into(),
             speaker: false.into(),
@@ -343,8 +369,13 @@ impl Irq {
         self.exists().then_some(()).ok_or(error)
     }
 
+    /// A local APIC ended an interrupt.
     pub(crate) fn eoi(&self, eoi: Eoi) {
-        self.controllers.eoi(eoi);
+        if self.controllers.eoi(eoi) {
+            if let Some(timer) = self.storm_timer.as_ref() {
+                timer.arm(timer::now_ns().saturating_add(STORM_PAUSE_NS));
+            }
+        }
     }
 
     pub(crate) fn pic_output(&self) -> bool {
@@ -487,6 +518,8 @@ impl Irq {
         routes.extend_from_slice(&DEFAULT_ROUTES, GFP_KERNEL_ACCOUNT)?;
         self.set_routes(routes)?;
         let irqchip = KBox::new(Irqchip::default(), GFP_KERNEL_ACCOUNT)?;
+        let storm_timer = KBox::pin_init(Timer::new(StormTimer(self.controllers.clone())), GFP_KERNEL_ACCOUNT)?;
+        self.storm_timer.populate(storm_timer);
         self.controllers.chips.lock().irqchip = Some(irqchip);
         self.created.store(true, Release);
         Ok(())
@@ -556,11 +589,7 @@ impl Irq {
             2 => {
                 let (state, _) = KvmIoapicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
                 let pins = models.ioapic.restore(&state);
-                for pin in (0..32u8).filter(|pin| pins & 1 << pin != 0) {
-                    if let Some(message) = models.ioapic.service(pin) {
-                        self.controllers.send_pin(&mut models.ioapic, pin, &message);
-                    }
-                }
+                self.controllers.service_pins(&mut models.ioapic, pins);
             }
             _ => return Err(EINVAL),
         }

@@ -44,6 +44,8 @@ const USER_END: Hva = Hva((1 << 47) - 4096);
 /// Pages or tables removed in one go before others get the lock.
 const BUDGET: usize = 512;
 
+/// Pages write-protected in one go.
+const PROTECT_PAGES: u64 = 1 << 16;
 /// Neighbours looked up with a page that faults: what is present gets mapped at once.
 const AROUND: usize = 15;
 
@@ -229,10 +231,16 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             self.space.unmap(slot.base, slot.pages);
         }
         if let Some(slot) = changed.filter(Slot::logs_dirty) {
-            let mut nested = self.space.nested.lock();
-            let Nested { table, pages } = &mut *nested;
-            let flush = table.write_protect_range(pages, slot.base, slot.pages);
-            drop(nested);
+            // In parts, so that faults of other slots get in between.
+            let mut flush = false;
+            let mut done = 0;
+            while done < slot.pages {
+                let part = PROTECT_PAGES.min(slot.pages - done);
+                let mut nested = self.space.nested.lock();
+                let Nested { table, pages } = &mut *nested;
+                flush |= table.write_protect_range(pages, Gfn(slot.base.0 + done), part);
+                done += part;
+            }
             if flush {
                 self.space.peers.flush_tlbs();
             }
@@ -251,7 +259,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         let mut flush = false;
         let mut out = [0u64; 64];
         let mut first = 0;
-        while first < words.len() {
+        let mut written = Ok(());
+        while first < words.len() && written.is_ok() {
             let count = (words.len() - first).min(out.len());
             let mut nested = self.space.nested.lock();
             let Nested { table, pages } = &mut *nested;
@@ -260,13 +269,13 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 flush |= table.write_protect_mask(pages, Gfn(slot.base.0 + page), mask);
             });
             drop(nested);
-            user::write(Hva(request.dirty_bitmap).wrapping_add(first as u64 * 8), &*chunk)?;
+            written = user::write(Hva(request.dirty_bitmap).wrapping_add(first as u64 * 8), &*chunk);
             first += count;
         }
         if flush {
             self.space.peers.flush_tlbs();
         }
-        Ok(())
+        written
     }
 
     /// Maps what a nested fault asked for. With `may_sleep` off it works with interrupts off, and may answer [`Fault::Sleep`].
@@ -329,12 +338,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             })?;
             if let Some(run) = &around {
                 let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
-                let mut neighbours = [None; AROUND];
-                let count = run.len().min(inside);
-                for (to, page) in neighbours.iter_mut().zip(run.iter()).take(count) {
-                    *to = Some(page);
-                }
-                let neighbours = neighbours.get(..count).unwrap_or(&[]);
+                let addresses = run.addresses();
+                let neighbours = addresses.get(..addresses.len().min(inside)).unwrap_or(&[]);
                 let prot = Prot { accessed: false, dirty: false, write: writable && !slot.logs_dirty(), ..prot };
                 // Neighbours are a favour: without tables for them they wait for their own fault.
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
@@ -344,7 +349,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             }
             let retired = pages.has_retired().then(|| pages.take_retired());
             drop(nested);
-            page.mapped(writable);
+            page.release(writable);
             if mapped.flush || retired.is_some() {
                 self.space.peers.flush_tlbs();
             }

@@ -125,6 +125,10 @@ impl<V: Vendor> State<V> {
                 return Ok(());
             }
             (Register::ApicBase, None) => {
+                // Bits 7:0 and 9 are reserved, and so is what is above the physical address width.
+                if value & (0x2FF | self.caps.reserved_physical()) != 0 {
+                    return Err(Refused::Gp);
+                }
                 self.user_apic_base = value;
                 return Ok(());
             }

@@ -67,7 +67,7 @@ impl<V: Vendor> Vcpu<V> {
         self.run.store(run::IF_FLAG, u8::from(enabled));
         self.run.store(run::READY_FOR_INTERRUPT_INJECTION, u8::from(ready));
         self.run.store(run::FLAGS, 0u16);
-        self.run.store(run::CR8, u64::from(state.cr8));
+        self.run.store(run::CR8, u64::from(state.current_cr8()));
         self.run.store(run::APIC_BASE, state.apic_base());
     }
 
@@ -213,6 +213,11 @@ impl<V: Vendor> State<V> {
             interrupts_enabled: self.regs.rflags & rflags::IF != 0,
             shadow: self.hw.interrupt_shadow(),
         }
+    }
+
+    /// CR8 as the guest would read it.
+    pub(crate) fn current_cr8(&self) -> u8 {
+        self.lapic.as_ref().map_or(self.cr8, |lapic| lapic.cr8())
     }
 
     /// Whether userspace, which has the interrupt controller, may inject an interrupt.

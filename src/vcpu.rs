@@ -333,14 +333,19 @@ impl<V: Vendor> State<V> {
         }
     }
 
-    /// INIT: the boot CPU starts at the reset vector, the others wait for a start-up IPI.
-    fn init(&mut self, vm: &Vm<V>) {
+    /// Registers as after INIT, and no events.
+    pub(crate) fn reset_cpu(&mut self) {
         self.hw.reset(true);
         self.regs = RESET_REGS;
         self.events = EventQueue::default();
-        self.pic_signal = false;
         self.nmi_return = None;
         self.stepping = false;
+    }
+
+    /// INIT: the boot CPU starts at the reset vector, the others wait for a start-up IPI.
+    fn init(&mut self, vm: &Vm<V>) {
+        self.reset_cpu();
+        self.pic_signal = false;
         self.msrs.init();
         self.clock = VcpuClock::default();
         let Some(lapic) = &mut self.lapic else { return };

@@ -199,7 +199,7 @@ impl<V: Vendor> Vcpu<V> {
 impl<V: Vendor> State<V> {
     fn sregs(&self) -> KvmSregs {
         let mut regs = self.hw.system_regs();
-        regs.cr8 = self.cr8.into();
+        regs.cr8 = self.current_cr8().into();
         let mut sregs = KvmSregs::new(&regs, self.apic_base());
         let queued = match self.events.unfinished {
             Some(Event::Interrupt(vector)) => Some(vector),

@@ -571,6 +571,10 @@ impl<'a, C: Cpu> Exec<'a, C> {
             let new = self.reg(self.ins.reg(), size);
             return self.update(&target, size, old, new, false);
         }
+        if let Operand::Memory(_) = target {
+            // The destination is written either way: a device sees it.
+            self.update(&target, size, old, old, false)?;
+        }
         self.set_reg(0, size, old);
         Ok(())
     }
@@ -591,6 +595,8 @@ impl<'a, C: Cpu> Exec<'a, C> {
         let wanted = joined(self.reg(2, half), self.reg(0, half));
         let found = u128::from_le_bytes(buffer);
         if found != wanted {
+            let old = buffer.get(..size).unwrap_or(&buffer);
+            self.store_locked(&span, old, old, false)?;
             self.set_flag(ZF, false);
             self.set_reg(0, half, found as u64);
             self.set_reg(2, half, (found >> alu::bits(half)) as u64);

@@ -62,6 +62,9 @@ const CR_WRITES: u32 = 1 << 16 | 1 << 20;
 const CR0_READ: u32 = 1;
 const CR8_WRITE: u32 = 1 << 24;
 
+/// The upper half of V_TPR.
+const V_TPR_RESERVED: u32 = 0xF0;
+
 /// PAT after reset.
 const PAT_INIT: u64 = 0x0007_0406_0007_0406;
 
@@ -515,6 +518,8 @@ impl VendorVcpu for SvmVcpu {
         };
         self.flush_wanted = false;
         control.asid = self.asid.id;
+        // An emulated CPU may let a guest set more of CR8 than there is, and then refuse to enter.
+        control.int_ctl &= !V_TPR_RESERVED;
 
         let save = &mut self.vmcb.save;
         save.rax = regs.gpr[Gpr::Rax as usize];
