@@ -329,12 +329,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             })?;
             if let Some(run) = &around {
                 let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
-                let mut neighbours = [None; AROUND];
-                let count = run.len().min(inside);
-                for (to, page) in neighbours.iter_mut().zip(run.iter()).take(count) {
-                    *to = Some(page);
-                }
-                let neighbours = neighbours.get(..count).unwrap_or(&[]);
+                let neighbours = run.addresses();
+                let neighbours = neighbours.get(..inside).unwrap_or(neighbours);
                 let prot = Prot { accessed: false, dirty: false, write: writable && !slot.logs_dirty(), ..prot };
                 // Neighbours are a favour: without tables for them they wait for their own fault.
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
@@ -344,7 +340,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             }
             let retired = pages.has_retired().then(|| pages.take_retired());
             drop(nested);
-            page.mapped(writable);
+            page.release(writable);
             if mapped.flush || retired.is_some() {
                 self.space.peers.flush_tlbs();
             }
