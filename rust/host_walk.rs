@@ -10,7 +10,7 @@ use kernel::bindings;
 
 use super::page::direct_map;
 use crate::arch::{
-    paging::{entry, Level, ENTRIES, INDEX_BITS},
+    paging::{entry, Level, ENTRIES},
     Hpa, Hva,
 };
 
@@ -52,56 +52,82 @@ impl Drop for IrqsSaved {
     }
 }
 
-/// The entry that maps `hva`, where it is, and its level.
+/// Entry number `hva` >> `SHIFT` of a table, and where it is.
+///
+/// # Safety
+///
+/// `table` must be a page table that is not freed meanwhile. Entries may change at any time, so each is read once.
+#[inline(always)]
+unsafe fn read<const SHIFT: u32>(table: *const u64, hva: Hva) -> (*const u64, u64) {
+    let slot = table.wrapping_add((hva.0 >> SHIFT) as usize % ENTRIES);
+    // SAFETY: the caller's promise; a table has 512 entries.
+    (slot, unsafe { ptr::read_volatile(slot) })
+}
+
+/// The last-level entry for `hva`, where it is, and its level. It may be absent; `None` when there is no table that has it.
 ///
 /// # Safety
 ///
 /// `mm` must be the current address space, and interrupts off as long as the pointer is used: the kernel frees page
 /// tables only after every CPU has had interrupts on.
+#[inline]
 unsafe fn leaf(mm: *const bindings::mm_struct, hva: Hva) -> Option<(*const u64, u64, Level)> {
     // SAFETY: set once at boot.
-    let (top_shift, frame_mask) = unsafe { (bindings::pgdir_shift, bindings::physical_mask) };
+    let (top_shift, frame_mask) = unsafe { (bindings::pgdir_shift, bindings::physical_mask & !0xfff) };
+    let five_levels = top_shift != 39;
     // The upper half is the kernel's.
-    if hva.0 >> (top_shift + INDEX_BITS - 1) != 0 {
+    if hva.0 >> (if five_levels { 56 } else { 47 }) != 0 {
         return None;
     }
-    // SAFETY: the caller's promise.
-    let mut table = unsafe { (*mm).__bindgen_anon_1.pgd }.cast_const().cast::<u64>();
-    let mut shift = top_shift;
-    loop {
-        let slot = table.wrapping_add((hva.0 >> shift) as usize % ENTRIES);
-        // SAFETY: a table of 512 entries that is not freed under us. It may change under us, so it is read once.
-        let value = unsafe { ptr::read_volatile(slot) };
-        let level = match shift {
-            12 => Some(Level::Page4K),
-            21 => Some(Level::Page2M),
-            30 => Some(Level::Page1G),
-            _ => None,
-        };
-        if value & (entry::P | entry::U) != entry::P | entry::U {
-            return None;
+    let table = |value: u64| -> Option<*const u64> {
+        const NEED: u64 = entry::P | entry::U;
+        (value & NEED == NEED).then(|| direct_map(Hpa(value & frame_mask)).cast_const().cast())
+    };
+    // SAFETY: by the caller's promise every table found stays while interrupts are off.
+    unsafe {
+        let mut top = (*mm).__bindgen_anon_1.pgd.cast_const().cast::<u64>();
+        if five_levels {
+            top = table(read::<48>(top, hva).1)?;
         }
-        match level {
-            Some(level) if level == Level::Page4K || value & entry::PS != 0 => return Some((slot, value, level)),
-            _ => {}
+        let next = table(read::<39>(top, hva).1)?;
+        let (slot, value) = read::<30>(next, hva);
+        let next = table(value)?;
+        if value & entry::PS != 0 {
+            return Some((slot, value, Level::Page1G));
         }
-        table = direct_map(Hpa(value & frame_mask & !0xfff)).cast();
-        shift -= INDEX_BITS;
+        let (slot, value) = read::<21>(next, hva);
+        let next = table(value)?;
+        if value & entry::PS != 0 {
+            return Some((slot, value, Level::Page2M));
+        }
+        let (slot, value) = read::<12>(next, hva);
+        Some((slot, value, Level::Page4K))
     }
 }
 
-/// Whether the entry allows the access as it is.
-fn usable(value: u64, level: Level, write: bool) -> bool {
-    let large_pat = if level == Level::Page4K { 1 << 7 } else { 1 << 12 };
-    let odd = SPECIAL | KEY | entry::PWT | entry::PCD | large_pat;
-    let need = entry::P | entry::U | entry::A | if write { entry::W | entry::D } else { 0 };
-    value & odd == 0 && value & need == need
+/// Which entries allow the access as they are, and what in them is the address.
+struct Rule {
+    mask: u64,
+    value: u64,
+    frame: u64,
 }
 
-/// The frame in an entry.
-fn frame(value: u64, level: Level) -> u64 {
-    // SAFETY: set once at boot.
-    value & unsafe { bindings::physical_mask } & !(level.bytes() - 1)
+impl Rule {
+    #[inline]
+    fn new(level: Level, write: bool) -> Self {
+        let large_pat = if level == Level::Page4K { 1 << 7 } else { 1 << 12 };
+        let odd = SPECIAL | KEY | entry::PWT | entry::PCD | large_pat;
+        let need = entry::P | entry::U | entry::A | if write { entry::W | entry::D } else { 0 };
+        // SAFETY: set once at boot.
+        let address = unsafe { bindings::physical_mask };
+        Self { mask: odd | need, value: need, frame: address & !(level.bytes() - 1) }
+    }
+
+    /// The frame, if the entry will do.
+    #[inline]
+    fn frame(&self, entry: u64) -> Option<u64> {
+        (entry & self.mask == self.value).then_some(entry & self.frame)
+    }
 }
 
 /// How the current address space maps `hva`, if it does in a way that needs no more work.
@@ -114,8 +140,8 @@ pub(super) unsafe fn peek(mm: *const bindings::mm_struct, hva: Hva, write: bool)
     let _irqs = IrqsSaved::new();
     // SAFETY: the caller's promise, and interrupts are off.
     let (_, value, level) = unsafe { leaf(mm, hva)? };
-    usable(value, level, write).then(|| Seen {
-        hpa: Hpa(frame(value, level) | (hva.0 & (level.bytes() - 1) & !0xfff)),
+    Rule::new(level, write).frame(value).map(|frame| Seen {
+        hpa: Hpa(frame | (hva.0 & (level.bytes() - 1) & !0xfff)),
         writable: value & (entry::W | entry::D) == entry::W | entry::D,
         level,
     })
@@ -147,21 +173,20 @@ pub(super) unsafe fn peek_run(
     let index = (hva.0 >> 12) as usize % ENTRIES;
     let count = frames.len().min(ENTRIES - index);
     let _irqs = IrqsSaved::new();
-    // An absent first page does not mean that its table is absent: any page of the run may lead there.
-    for page in 0..count {
-        // SAFETY: the caller's promise, and interrupts are off.
-        let Some((slot, value, level)) = (unsafe { leaf(mm, hva.wrapping_add(page as u64 * 4096)) }) else { continue };
-        for (at, out) in (page..count).zip(frames.iter_mut().skip(page)) {
-            if level != Level::Page4K {
-                let inside = hva.wrapping_add(at as u64 * 4096).0 & (level.bytes() - 1) & !0xfff;
-                *out = usable(value, level, write).then(|| Hpa(frame(value, level) | inside));
-                continue;
-            }
+    // SAFETY: the caller's promise, and interrupts are off.
+    let Some((slot, value, level)) = (unsafe { leaf(mm, hva) }) else { return count };
+    let rule = Rule::new(level, write);
+    let frames = frames.iter_mut().take(count).enumerate();
+    if level == Level::Page4K {
+        for (at, out) in frames {
             // SAFETY: in the table of `slot`, which goes on for as long as the 2 MiB do; interrupts are still off.
-            let value = unsafe { ptr::read_volatile(slot.wrapping_add(at - page)) };
-            *out = usable(value, level, write).then(|| Hpa(frame(value, level)));
+            *out = rule.frame(unsafe { ptr::read_volatile(slot.wrapping_add(at)) }).map(Hpa);
         }
-        break;
+    } else if let Some(frame) = rule.frame(value) {
+        let first = frame | (hva.0 & (level.bytes() - 1) & !0xfff);
+        for (at, out) in frames {
+            *out = Some(Hpa(first.wrapping_add(at as u64 * 4096)));
+        }
     }
     count
 }

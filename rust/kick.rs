@@ -150,12 +150,6 @@ impl KickPoint {
         self.blocking.load(Ordering::Relaxed) != 0
     }
 
-    /// Whether the vCPU is in guest mode; a hint.
-    #[inline]
-    pub fn is_in_guest(&self) -> bool {
-        self.mode.load(Ordering::Relaxed) != OUTSIDE
-    }
-
     #[inline]
     fn wake(&self) {
         // The sleeper says so before it looks whether it may sleep; the caller had a full barrier.

@@ -6,15 +6,13 @@
 use kernel::{
     bindings,
     prelude::*,
-    sync::lock::{Backend, Guard, Lock},
+    sync::lock::{Backend, Lock},
 };
 
 use super::bindings as own;
 
 /// A spinlock that also keeps interrupts off on this CPU. Make one with [`new_irq_spinlock`](crate::new_irq_spinlock).
 pub type IrqSpinLock<T> = Lock<T, IrqSpinBackend>;
-/// The guard of an [`IrqSpinLock`].
-pub type IrqSpinGuard<'a, T> = Guard<'a, T, IrqSpinBackend>;
 
 /// `raw_spinlock_t` with `irqsave`.
 pub struct IrqSpinBackend;

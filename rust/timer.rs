@@ -102,12 +102,6 @@ pub fn now_ns() -> u64 {
     unsafe { bindings::ktime_get() as u64 }
 }
 
-/// CLOCK_MONOTONIC_RAW.
-pub fn raw_ns() -> u64 {
-    // SAFETY: always allowed.
-    unsafe { bindings::ktime_get_raw() as u64 }
-}
-
 /// CLOCK_BOOTTIME.
 pub fn boot_ns() -> u64 {
     // SAFETY: always allowed.
