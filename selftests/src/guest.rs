@@ -390,7 +390,8 @@ fn write_gdt(ram: Ram) {
     }
 }
 
-fn write_kit(ram: Ram) {
+/// Writes the kit (tables, stubs, handlers) into the low 1 MiB of `ram`, which begins at address 0.
+pub fn write_kit(ram: Ram) {
     write_gdt(ram);
     ram.write(HANDLERS, kit_handlers());
     for v in 0..256u64 {
