@@ -103,7 +103,7 @@ impl<V: Vendor> Vcpu<V> {
             }
             self.serve_requests(core);
             if core.state.events.triple_fault {
-                core.state.events.triple_fault = false;
+                core.state.reset_cpu();
                 return Ok(ToUser::Shutdown);
             }
             if core.state.mp_state != MpState::Runnable {

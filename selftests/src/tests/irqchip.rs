@@ -1398,6 +1398,10 @@ fn interrupts_under_load() {
     let g = Guest::long_irqchip(ic_load());
     g.set_eoi(Eoi::Xapic);
     beside(&g.cpu, || {
+        // Lost as long as the guest has not enabled its APIC.
+        while !g.ram.wait_u64(COUNTS + 0x92 * 8, 1, 100) {
+            assert!(g.vm.signal_msi(APIC, 0x92).is_ok());
+        }
         std::thread::scope(|s| {
             for t in 0..2u8 {
                 let g = &g;
