@@ -672,6 +672,8 @@ fn garbage(g: &Guest, at: u64, seed: u64) {
     let (sregs, regs) = (g.cpu.sregs(), g.cpu.regs());
     let events: kvm_vcpu_events = assert_ok!(g.cpu.get(KVM_GET_VCPU_EVENTS));
     let memory = g.ram.read(0, 0x10_0000);
+    // Before the kicks begin: a signal would end the creation of a VM with EINTR.
+    let fresh = Guest::real(real_hlt());
     let mut rng = Rng::new(seed);
     let rounds = if emulated() { 3000 } else { 30_000 };
     let end = now_ns() + 20_000_000_000;
@@ -747,7 +749,6 @@ fn garbage(g: &Guest, at: u64, seed: u64) {
     assert!(ended[7] >= 300, "only {} rounds in the time", ended[7]);
     // The vCPU is as good as new.
     g.ram.write(0, &memory);
-    let fresh = Guest::real(real_hlt());
     assert_ok!(g.cpu.set_mp_state(KVM_MP_STATE_RUNNABLE));
     assert_ok!(g.cpu.set(KVM_SET_VCPU_EVENTS, &events));
     g.cpu.set_sregs(&fresh.cpu.sregs());
