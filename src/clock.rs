@@ -2,39 +2,89 @@
 //! Paravirtual time of a guest: kvmclock, wall clock, steal time, and the VM's clock behind them.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use kernel::prelude::*;
 
 use crate::{
     abi::{
         pvclock::{KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_TSC_STABLE_BIT},
-        FromZeros, IntoBytes,
+        FromZeros,
     },
     arch::Gpa,
-    glue::timer,
+    glue::{lock::IrqSpinLock, task, timer},
     mmu::guest_mem::GuestMem,
+    new_irq_spinlock,
     vcpu::State,
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
 
-/// The clock of a VM: nanoseconds since it was made, or what KVM_SET_CLOCK says.
+/// The clock of a VM: nanoseconds since it was made, or since what KVM_SET_CLOCK said. It runs with the host's TSC, so that what the
+/// guest's CPUs compute from their TSCs is the same everywhere and at all times.
+#[pin_data]
 pub(crate) struct VmClock {
-    /// Host boot-time nanoseconds at which the VM's clock was 0, wrapping.
-    start_ns: AtomicU64,
+    #[pin]
+    state: IrqSpinLock<Clock>,
+}
+
+#[derive(Clone, Copy)]
+struct Clock {
+    /// Host TSC at which the clock showed `base_ns`.
+    base_tsc: u64,
+    base_ns: u64,
+    /// The last TSC that userspace gave a vCPU, when (in host TSC), and the offset that came of it.
+    written: u64,
+    written_at: u64,
+    offset: u64,
+}
+
+impl Clock {
+    fn at(&self, tsc: u64) -> u64 {
+        let ticks = tsc.wrapping_sub(self.base_tsc);
+        self.base_ns.wrapping_add(scale().map_or(0, |scale| scale.nanoseconds(ticks)))
+    }
+}
+
+fn scale() -> Option<TscScale> {
+    TscScale::from_khz(timer::tsc_khz())
 }
 
 impl VmClock {
-    pub(crate) fn new() -> Self {
-        Self { start_ns: AtomicU64::new(timer::boot_ns()) }
+    /// Shows 0 now. The guest's TSC is 0 now, too.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        let tsc = timer::tsc();
+        let clock =
+            Clock { base_tsc: tsc, base_ns: 0, written: 0, written_at: tsc, offset: tsc.wrapping_neg() };
+        pin_init!(Self { state <- new_irq_spinlock!(clock, "krab::clock") })
     }
 
-    /// The VM's clock at host boot time `boot_ns`.
-    pub(crate) fn at(&self, boot_ns: u64) -> u64 {
-        boot_ns.wrapping_sub(self.start_ns.load(Ordering::Relaxed))
+    /// What the clock shows when the host's TSC is `tsc`.
+    pub(crate) fn at(&self, tsc: u64) -> u64 {
+        self.state.lock().at(tsc)
     }
 
+    /// Makes the clock show `clock_ns` now.
     pub(crate) fn set(&self, clock_ns: u64) {
-        self.start_ns.store(timer::boot_ns().wrapping_sub(clock_ns), Ordering::Relaxed);
+        let mut state = self.state.lock();
+        (state.base_tsc, state.base_ns) = (timer::tsc(), clock_ns);
+    }
+
+    /// The TSC offset of a new vCPU: that of the others.
+    pub(crate) fn tsc_offset(&self) -> u64 {
+        self.state.lock().offset
+    }
+
+    /// The TSC offset for a vCPU whose TSC userspace sets to `value`. As in KVM, 0 and values less than a second from where the last one
+    /// written is by now mean "the same as the others": userspace writes them one after another.
+    pub(crate) fn write_tsc(&self, value: u64) -> u64 {
+        let mut state = self.state.lock();
+        let now = timer::tsc();
+        let expected = state.written.wrapping_add(now.wrapping_sub(state.written_at));
+        let second = u64::from(timer::tsc_khz()) * 1000;
+        if value != 0 && expected.abs_diff(value) >= second {
+            state.offset = value.wrapping_sub(now);
+        }
+        (state.written, state.written_at) = (value, now);
+        state.offset
     }
 }
 
@@ -63,6 +113,7 @@ impl VcpuClock {
 
     pub(crate) fn set_steal_time(&mut self, at: Option<Gpa>) {
         self.steal_time = at;
+        self.stolen_ns = task::run_delay_ns();
         self.wants_update = true;
     }
 
@@ -80,11 +131,10 @@ impl<V: Vendor> State<V> {
     /// Writes the guest's clocks. In process context.
     pub(crate) fn update_clock(&mut self, vm: &Vm<V>) {
         self.clock.wants_update = false;
-        let now = timer::instant();
+        let tsc = timer::tsc();
+        let clock_ns = vm.clock.at(tsc);
         let view = vm.memory.view(true);
-        if let (Some(at), Some(scale), Some(tsc)) =
-            (self.clock.system_time, TscScale::from_khz(timer::tsc_khz()), now.tsc)
-        {
+        if let (Some(at), Some(scale)) = (self.clock.system_time, scale()) {
             // A reader must see an odd version while the rest changes.
             let version = self.clock.system_time_version.wrapping_add(2);
             self.clock.system_time_version = version;
@@ -92,7 +142,7 @@ impl<V: Vendor> State<V> {
                 version: version.wrapping_sub(1) | 1,
                 pad0: 0,
                 tsc_timestamp: tsc.wrapping_add(self.hw.tsc_offset()),
-                system_time: vm.clock.at(now.boot_ns),
+                system_time: clock_ns,
                 tsc_to_system_mul: scale.mul,
                 tsc_shift: scale.shift,
                 flags: PVCLOCK_TSC_STABLE_BIT,
@@ -103,7 +153,7 @@ impl<V: Vendor> State<V> {
             let _ = view.write(at, info.version.as_bytes());
         }
         if let Some(at) = self.clock.wall_clock.take() {
-            let start_ns = now.real_ns.wrapping_sub(vm.clock.at(now.boot_ns));
+            let start_ns = timer::real_ns().wrapping_sub(clock_ns);
             let mut version = 0u32;
             let _ = view.read(at, version.as_mut_bytes());
             let wall = PvclockWallClock {
@@ -114,19 +164,29 @@ impl<V: Vendor> State<V> {
             let _ = view.write(at, wall.as_bytes());
             let _ = view.write(at, wall.version.wrapping_add(1).as_bytes());
         }
-        if let Some(at) = self.clock.steal_time {
-            let mut record = KvmStealTime::new_zeroed();
-            if view.read(at, record.as_mut_bytes()).is_ok() {
-                let waited = crate::glue::task::run_delay_ns();
-                let version = record.version & !1;
-                record.steal = record.steal.wrapping_add(waited.wrapping_sub(self.clock.stolen_ns));
-                record.preempted = 0;
-                self.clock.stolen_ns = waited;
-                record.version = version.wrapping_add(1);
-                let _ = view.write(at, record.as_bytes());
-                record.version = version.wrapping_add(2);
-                let _ = view.write(at, record.as_bytes());
-            }
+        self.update_steal_time(vm);
+    }
+
+    /// Tells the guest how long its CPU was ready to run and did not. In process context.
+    pub(crate) fn update_steal_time(&mut self, vm: &Vm<V>) {
+        let Some(at) = self.clock.steal_time else { return };
+        let waited = task::run_delay_ns();
+        let more = waited.wrapping_sub(self.clock.stolen_ns);
+        if more == 0 {
+            return;
         }
+        let view = vm.memory.view(true);
+        let mut record = KvmStealTime::new_zeroed();
+        if view.read(at, record.as_mut_bytes()).is_err() {
+            return;
+        }
+        self.clock.stolen_ns = waited;
+        record.steal = record.steal.wrapping_add(more);
+        record.preempted = 0;
+        // A reader must see an odd version while the rest changes.
+        record.version |= 1;
+        let _ = view.write(at, record.as_bytes());
+        record.version = record.version.wrapping_add(1);
+        let _ = view.write(at, record.as_bytes());
     }
 }

@@ -111,12 +111,15 @@ impl<V: Vendor> State<V> {
             return Ok(());
         }
         let work = match (register, &mut self.lapic) {
+            (Register::Tsc, _) if by == By::Host => {
+                self.hw.set_tsc_offset(vm.clock.write_tsc(value));
+                self.clock.request_update();
+                return Ok(());
+            }
             (Register::Tsc, _) => {
                 let moved = value.wrapping_sub(self.guest_tsc());
                 self.hw.set_tsc_offset(self.hw.tsc_offset().wrapping_add(moved));
-                if by == By::Guest {
-                    self.msrs.moved_tsc(moved);
-                }
+                self.msrs.moved_tsc(moved);
                 self.clock.request_update();
                 return Ok(());
             }

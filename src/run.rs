@@ -100,6 +100,7 @@ impl<V: Vendor> Vcpu<V> {
         loop {
             if task::work_pending() {
                 task::handle_work()?;
+                core.state.update_steal_time(&self.vm);
             }
             self.serve_requests(core);
             if core.state.events.triple_fault {

@@ -256,7 +256,7 @@ impl<V: Vendor> Vcpu<V> {
         let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
-        hw.set_tsc_offset(timer::tsc().wrapping_neg());
+        hw.set_tsc_offset(vm.clock.tsc_offset());
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;

@@ -45,6 +45,7 @@ pub(crate) struct Vm<V: Vendor> {
     #[pin]
     setup: Mutex<()>,
     pub(crate) peers: Arc<Peers>,
+    #[pin]
     pub(crate) clock: VmClock,
     /// Last: the extension is needed until everything else is gone.
     pub(crate) host: InUse<V>,
@@ -62,7 +63,7 @@ impl<V: Vendor> Vm<V> {
                 irq <- Irq::new(peers.clone()),
                 setup <- new_mutex!(()),
                 peers,
-                clock: VmClock::new(),
+                clock <- VmClock::new(),
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
@@ -77,7 +78,7 @@ impl<V: Vendor> Vm<V> {
     fn clock_data(&self) -> KvmClockData {
         let now = timer::instant();
         KvmClockData {
-            clock: self.clock.at(now.boot_ns),
+            clock: self.clock.at(now.tsc.unwrap_or_else(timer::tsc)),
             flags: KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
             realtime: now.real_ns,
             host_tsc: now.tsc.unwrap_or(0),
