@@ -236,6 +236,12 @@ impl<V: Vendor> State<V> {
         }
     }
 
+    /// Whether an interrupt waits only for the guest to lower CR8, which must be seen then.
+    #[inline]
+    fn held_back_by_tpr(&self) -> bool {
+        self.lapic.as_ref().is_some_and(|lapic| lapic.tpr_threshold().is_some())
+    }
+
     /// Whether a halted CPU goes on.
     fn wakes_up(&self) -> bool {
         let ready = self.mp_state == MpState::Halted;
@@ -255,7 +261,8 @@ impl<V: Vendor> State<V> {
             }
         }
         let waits = self.interrupt_waits();
-        if !waits && self.events.is_empty() && !self.windows_open && !user_window {
+        let held_back = self.held_back_by_tpr();
+        if !waits && !held_back && self.events.is_empty() && !self.windows_open && !user_window {
             return;
         }
         self.prepare_events(vm, waits, user_window);
@@ -286,10 +293,10 @@ impl<V: Vendor> State<V> {
         }
         // Another one may wait behind the one that goes in now.
         let more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
-        let threshold = self.lapic.as_ref().is_some_and(|lapic| lapic.tpr_threshold().is_some());
+        let held_back = self.held_back_by_tpr();
         self.hw.want_interrupt_window(more);
-        self.hw.want_cr8_writes(threshold);
-        self.windows_open = more || threshold;
+        self.hw.want_cr8_writes(held_back);
+        self.windows_open = more || held_back;
     }
 
     /// What an exit leaves behind, whatever its reason.
