@@ -4,8 +4,10 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod exceptions;
 pub mod host_state;
 pub mod irqchip;
+pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
@@ -17,10 +19,12 @@ pub const GROUPS: &[Group] = &[
     api::GROUP,
     real_mode::GROUP,
     long_mode::GROUP,
+    exceptions::GROUP,
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    lapic::GROUP,
     irqchip::GROUP,
     stress::GROUP,
 ];
