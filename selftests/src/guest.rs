@@ -9,7 +9,7 @@
 //! 0x7000, page tables 0x8000-0xffff, code 0x10000, stacks below 0x80000, data of the test from 0x100000.
 
 use crate::vm::{Cpuid, Device, Exit, Ram, Vcpu, Vm};
-use crate::{kvm::*, sys};
+use crate::{ioctls::*, kvm::*, sys};
 
 /// Defines `fn $name() -> &'static [u8]`: machine code assembled for 16, 32 or 64 bits, Intel syntax. The name is
 /// global to the program; it starts aligned to 256 bytes, so that `.balign` up to that works. Absolute addresses are the guest's own: use `rip`, `2f - 2b` or `CODE`.
@@ -28,7 +28,7 @@ macro_rules! payload {
             ".code64",
             ".popsection",
         );
-        fn $name() -> &'static [u8] {
+        pub(crate) fn $name() -> &'static [u8] {
             extern "C" {
                 #[link_name = concat!("payload_", stringify!($name), "_start")]
                 static START: u8;
@@ -291,6 +291,18 @@ impl Guest {
     pub fn set_frame_rip(&self, rip: u64) {
         self.ram.write_u64(self.cpu.regs().rsp + 16, rip);
     }
+}
+
+/// XMM0-15, by KVM_SET_XSAVE, with the x87 and SSE bits of XSTATE_BV set.
+pub fn set_xmm(cpu: &Vcpu, xmm: &[[u8; 16]; 16]) {
+    let mut x: kvm_xsave = cpu.get(KVM_GET_XSAVE).expect("KVM_GET_XSAVE");
+    for (i, word) in xmm.as_flattened().chunks_exact(4).enumerate() {
+        x.region[40 + i] = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+    }
+    // FCW of an x87 unit that is in use
+    x.region[0] = x.region[0] & !0xffff | 0x37f;
+    x.region[128] |= 3;
+    cpu.set(KVM_SET_XSAVE, &x).expect("KVM_SET_XSAVE");
 }
 
 /// After KVM_EXIT_SHUTDOWN: makes the vCPU fit for a new start by KVM_SET_SREGS.

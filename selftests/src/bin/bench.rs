@@ -181,7 +181,7 @@ fn child(func: fn() -> Vec<f64>, to: i32) -> ! {
     std::panic::set_hook(Box::new(|_| ()));
     sys::arm_kick_signal();
     let text = match std::panic::catch_unwind(func) {
-        Ok(samples) => samples.iter().map(|s| format!("{s} ")).collect(),
+        Ok(samples) => samples.iter().map(f64::to_string).collect::<Vec<_>>().join(" "),
         Err(p) => {
             let why = p
                 .downcast_ref::<Skip>()

@@ -64,11 +64,9 @@ fn run(code: &[u8], base: u64, seed: u64) -> Outcome {
     }
     r.rbx = base;
     g.cpu.set_regs(&r);
-    let mut fpu: kvm_fpu = assert_ok!(g.cpu.get(KVM_GET_FPU));
-    for x in &mut fpu.xmm {
-        rng.fill(x);
-    }
-    assert_ok!(g.cpu.set(KVM_SET_FPU, &fpu));
+    let mut xmm = [[0; 16]; 16];
+    rng.fill(xmm.as_flattened_mut());
+    set_xmm(&g.cpu, &xmm);
     let mut exits = 0;
     loop {
         match g.event() {

@@ -4,12 +4,27 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod exceptions;
 pub mod host_state;
 pub mod irqchip;
+pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
 pub mod real_mode;
+pub mod state;
+pub mod stress;
 
-pub const GROUPS: &[Group] =
-    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP];
+pub const GROUPS: &[Group] = &[
+    api::GROUP,
+    real_mode::GROUP,
+    long_mode::GROUP,
+    exceptions::GROUP,
+    mmio::GROUP,
+    host_state::GROUP,
+    state::GROUP,
+    memory::GROUP,
+    lapic::GROUP,
+    irqchip::GROUP,
+    stress::GROUP,
+];
