@@ -47,8 +47,9 @@ impl Drop for IrqsOff {
         if !self.restore {
             return;
         }
+        // STI holds interrupts off for one more instruction, which must not be the CLI of the next guard.
         // SAFETY: by the type's invariant interrupts were on before, so they may be turned on.
-        unsafe { core::arch::asm!("sti", options(nostack)) };
+        unsafe { core::arch::asm!("sti", "nop", options(nostack)) };
     }
 }
 

@@ -117,6 +117,11 @@ void krab_raw_spin_assert_held(struct raw_spinlock *lock)
 	lockdep_assert_held(lock);
 }
 
+int krab_mutex_lock_killable(struct mutex *lock)
+{
+	return mutex_lock_killable(lock);
+}
+
 /* guest_mem.rs */
 
 void krab_put_used_page(struct page *page, bool dirty)

@@ -8,6 +8,7 @@
 
 #include <linux/fs.h>
 #include <linux/mm.h>
+#include <linux/mutex.h>
 #include <linux/poll.h>
 #include <linux/rcuwait.h>
 #include <linux/spinlock.h>
@@ -32,6 +33,7 @@ unsigned long krab_raw_spin_lock_irqsave(struct raw_spinlock *lock);
 bool krab_raw_spin_trylock_irqsave(struct raw_spinlock *lock, unsigned long *flags);
 void krab_raw_spin_unlock_irqrestore(struct raw_spinlock *lock, unsigned long flags);
 void krab_raw_spin_assert_held(struct raw_spinlock *lock);
+int krab_mutex_lock_killable(struct mutex *lock);
 
 /* page.rs */
 void krab_get_page(struct page *page);

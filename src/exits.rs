@@ -340,7 +340,12 @@ impl<V: Vendor> State<V> {
         let done = if access.input {
             vm.irq.port_in(access.port, access.size_bytes).map(|value| self.set_accumulator(value, access.size_bytes))
         } else {
-            let value = self.gpr(Gpr::Rax) as u32 & (u32::MAX >> (32 - 8 * u32::from(access.size_bytes & 7).max(1)));
+            let value = self.gpr(Gpr::Rax) as u32;
+            let value = match access.size_bytes {
+                1 => value & 0xFF,
+                2 => value & 0xFFFF,
+                _ => value,
+            };
             vm.irq.port_out(access.port, access.size_bytes, value).then_some(())
         };
         // The length is known before the device is asked on every CPU: it is in the exit information.

@@ -37,6 +37,8 @@ use crate::{
 
 const DEVICE: Origin = Origin::Device { ff_is_everybody: true };
 const RULES: RouteRules = RouteRules { split_irqchip: false, wide_ids: false };
+/// Most ioeventfds of a VM, as in KVM.
+const MAX_IOEVENTS: usize = 1000;
 /// The PIT's interrupt.
 const PIT_GSI: u32 = 0;
 
@@ -616,8 +618,8 @@ impl Irq {
         }
     }
 
-    /// KVM_SET_GSI_ROUTING, its argument at `at`.
-    pub(crate) fn set_gsi_routing(&self, at: Hva) -> Result {
+    /// The argument of KVM_SET_GSI_ROUTING, at `at`.
+    pub(crate) fn read_gsi_routing(&self, at: Hva) -> Result<KVVec<Route>> {
         let head: KvmIrqRouting = user::read(at)?;
         self.need(EINVAL)?;
         if head.nr as usize > MAX_ROUTES || head.flags != 0 {
@@ -629,10 +631,11 @@ impl Irq {
         for raw in raw.iter() {
             routes.push(Route::from_raw(raw, RULES).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         }
-        self.set_routes(routes)
+        Ok(routes)
     }
 
-    fn set_routes(&self, mut routes: KVVec<Route>) -> Result {
+    /// KVM_SET_GSI_ROUTING. The caller keeps others from setting routes at the same time.
+    pub(crate) fn set_routes(&self, mut routes: KVVec<Route>) -> Result {
         let mut starts = KVVec::new();
         starts.resize(routing::starts_len(&routes), 0u16, GFP_KERNEL_ACCOUNT)?;
         routing::build(&mut routes, &mut starts).map_err(|_| EINVAL)?;
@@ -647,24 +650,36 @@ impl Irq {
         let fd = request.fd as i32;
         let resample = request.flags & KVM_IRQFD_FLAG_RESAMPLE != 0;
         let mut irqfds = self.irqfds.lock();
+        for dead in irqfds.iter().filter(|irqfd| irqfd.is_dead()) {
+            self.drop_resamplers(|resampler| resampler.trigger.is_same(dead.eventfd()))?;
+        }
         irqfds.retain(|irqfd| !irqfd.is_dead());
+        let resamples = |resampler: &Resampler, eventfd: &EventFd| {
+            resampler.gsi == request.gsi && resampler.trigger.is_same(eventfd)
+        };
         if request.flags & KVM_IRQFD_FLAG_DEASSIGN != 0 {
             let eventfd = EventFd::from_fd(fd)?;
-            self.drop_resamplers(|resampler| resampler.gsi == request.gsi && resampler.trigger.is_same(&eventfd))?;
+            self.drop_resamplers(|resampler| resamples(resampler, &eventfd))?;
             irqfds.retain(|irqfd| irqfd.target().gsi != request.gsi || !irqfd.eventfd().is_same(&eventfd));
             return Ok(());
         }
         self.need(EINVAL)?;
+        irqfds.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
+        let irqfd = Irqfd::new(fd, line)?;
         if resample {
+            // Only now is it sure that the eventfd is free. An interrupt that was acknowledged before comes again, as its line stays high.
             let trigger = Arc::new(EventFd::from_fd(fd)?, GFP_KERNEL_ACCOUNT)?;
+            if !irqfd.eventfd().is_same(&trigger) {
+                return Err(EBADF);
+            }
             let eventfd = Arc::new(EventFd::from_fd(request.resamplefd as i32)?, GFP_KERNEL_ACCOUNT)?;
             let mut all = self.copy_resamplers(|_| true)?;
             all.push(Resampler { gsi: request.gsi, trigger, eventfd }, GFP_KERNEL_ACCOUNT)?;
             self.controllers.resamplers.replace(all)?;
             self.tell_resampling();
         }
-        let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
-        irqfds.push(Irqfd::new(fd, line)?, GFP_KERNEL_ACCOUNT)?;
+        irqfds.push(irqfd, GFP_KERNEL_ACCOUNT)?;
         Ok(())
     }
 
@@ -744,6 +759,9 @@ impl Irq {
             };
             if old.iter().any(clash) {
                 return Err(EEXIST);
+            }
+            if old.len() >= MAX_IOEVENTS {
+                return Err(ENOSPC);
             }
             for event in old.iter() {
                 all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;

@@ -12,7 +12,7 @@ use crate::{
     abi::run::{self, KVM_EXIT_INTR},
     arch::cr::rflags,
     exits::{Handled, ToUser},
-    glue::{cpu::IrqsOff, signal, task},
+    glue::{cpu::IrqsOff, lock::lock_killable, signal, task},
     guest::{queue::Readiness, Event, Exit},
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -31,7 +31,7 @@ enum Slow {
 impl<V: Vendor> Vcpu<V> {
     /// KVM_RUN. Returns 0 when userspace has something to do, `EINTR` when a signal or `immediate_exit` ended it.
     pub(crate) fn run(&self) -> Result<isize> {
-        let mut core = self.core.lock();
+        let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
         let _mask = core.signal_mask.map(signal::Masked::new);
@@ -177,12 +177,13 @@ impl<V: Vendor> Vcpu<V> {
                     if self.peer.kick.pending() == request::FLUSH_TLB && !task::work_pending() {
                         self.peer.kick.take(request::FLUSH_TLB);
                         state.hw.flush_tlb();
-                        continue;
+                        // With a moment of interrupts: others may ask again and again.
+                        break;
                     }
                     return Slow::Work;
                 };
                 if !self.peer.inbox.is_empty() {
-                    continue;
+                    break;
                 }
                 if user_window && state.takes_user_interrupt() {
                     return Slow::InterruptWindow;
@@ -197,6 +198,9 @@ impl<V: Vendor> Vcpu<V> {
                 match exit {
                     Exit::HostInterrupt | Exit::HostNmi => break,
                     exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
+                        // An exit in the middle of an event's delivery comes before any host interrupt. If it leads to the next
+                        // such delivery, as #AC and #DB can without end, nothing but this lets the host have its turn.
+                        Handled::Resume if state.events.unfinished.is_some() || state.events.exception.is_some() => break,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),

@@ -5,9 +5,8 @@
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use kernel::{
-    new_mutex,
     prelude::*,
-    sync::{Arc, ArcBorrow, Mutex, SetOnce},
+    sync::{Arc, ArcBorrow, SetOnce},
 };
 
 use crate::{
@@ -30,6 +29,7 @@ use crate::{
         fd::FileOperations,
         fpu::GuestFpu,
         kick::KickPoint,
+        lock::KillableMutex,
         page::{SharedPage, UserPage},
         timer::{self, Timer, TimerTarget},
     },
@@ -39,6 +39,7 @@ use crate::{
         lapic::{Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset, regs::BASE_BSP},
         Message,
     },
+    new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
@@ -247,7 +248,7 @@ pub(crate) struct Vcpu<V: Vendor> {
     /// Data of port accesses.
     pub(crate) data: SharedPage,
     #[pin]
-    pub(crate) core: Mutex<Core<V>>,
+    pub(crate) core: KillableMutex<Core<V>>,
 }
 
 impl<V: Vendor> Vcpu<V> {
@@ -296,7 +297,7 @@ impl<V: Vendor> Vcpu<V> {
         }
         let core = Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None, sipi_vector: 0 };
         Ok(Arc::pin_init(
-            try_pin_init!(Self { vm, peer, run, data, core <- new_mutex!(core) }),
+            try_pin_init!(Self { vm, peer, run, data, core <- new_killable_mutex!(core, "krab::vcpu") }),
             GFP_KERNEL_ACCOUNT,
         )?
         .into())

@@ -11,7 +11,7 @@ use crate::{
         Hva,
     },
     dev::each_msr,
-    glue::{timer, user},
+    glue::{lock::lock_killable, timer, user},
     guest::{
         check::{self, Allowed},
         event::{vector, Event, Exception},
@@ -36,9 +36,11 @@ fn give<T: IntoBytes + crate::abi::Immutable>(at: Hva, value: &T) -> Result<isiz
 }
 
 impl<V: Vendor> Vcpu<V> {
+    // Its frame is large, and KVM_RUN's calls go deep: they must not share it.
+    #[inline(never)]
     pub(crate) fn state_ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
         let at = Hva(arg as u64);
-        let mut core = self.core.lock();
+        let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         let vm = &*self.vm;
         match cmd {

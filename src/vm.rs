@@ -182,8 +182,10 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 Ok(0)
             }
             KVM_SET_GSI_ROUTING => {
+                // Reading may take as long as userspace likes, so not under the lock.
+                let routes = this.irq.read_gsi_routing(at)?;
                 let _setup = this.setup.lock();
-                this.irq.set_gsi_routing(at)?;
+                this.irq.set_routes(routes)?;
                 Ok(0)
             }
             KVM_SIGNAL_MSI => this.irq.signal_msi(&user::read::<KvmMsi>(at)?),

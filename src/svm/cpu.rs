@@ -136,7 +136,7 @@ impl Hardware for Svm {
         insn::turn_on(state.save_area.address(), irqs)?;
         // Whatever another hypervisor left in the TLB under our identifiers goes with the new generation's flush.
         let pool = state.asids.get();
-        state.asids.set(AsidPool { generation: pool.generation, next: self.asid_count });
+        state.asids.set(AsidPool { generation: pool.generation.wrapping_add(1), next: self.asid_count });
         state.ours.set(true);
         Ok(())
     }
