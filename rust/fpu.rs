@@ -8,7 +8,10 @@ use core::marker::PhantomData;
 use kernel::prelude::*;
 
 use super::{bindings, cpu};
-use crate::arch::{cr::xcr0, msr};
+use crate::arch::{
+    cr::{dr::DR7_INIT, xcr0},
+    msr,
+};
 
 /// The largest XSAVE image, in bytes, that a guest's area holds.
 pub(crate) const AREA_BYTES: usize = 4096 * 3;
@@ -185,7 +188,10 @@ impl GuestFpu {
             host
         });
         if self.breakpoints_enabled {
+            // The host's own DR7 must not meet the guest's addresses.
             // SAFETY: DR7 enables the host's own in the kernel only around hardware breakpoints, restored by the drop.
+            unsafe { bindings::krab_write_dr7(DR7_INIT) };
+            // SAFETY: as above.
             unsafe { bindings::krab_swap_debug_registers(self.breakpoints.as_mut_ptr()) };
         }
         Window { fpu: self, host_pkru, host_tsc_aux, not_send: PhantomData }
