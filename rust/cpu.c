@@ -2,7 +2,11 @@
 /* C wrappers for CPU state: inline functions, macros and instructions behind alternatives. */
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
+#include <linux/cc_platform.h>
+#include <linux/mem_encrypt.h>
+#include <linux/rcupdate.h>
 #include <linux/smp.h>
+#include <linux/vtime.h>
 #include <asm/cpufeature.h>
 #include <asm/cpuid/api.h>
 #include <asm/debugreg.h>
@@ -31,6 +35,11 @@ void krab_host_features(struct krab_host_features *features)
 		.la57 = pgtable_l5_enabled(),
 		.lfence_serializing = boot_cpu_has(X86_FEATURE_LFENCE_RDTSC),
 		.invariant_tsc = boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
+		.memory_encryption = sme_me_mask != 0,
+		.snp = cc_platform_has(CC_ATTR_HOST_SEV_SNP),
+		.ibpb = boot_cpu_has(X86_FEATURE_IBPB) && !cpu_mitigations_off(),
+		.ibpb_exit_to_user = boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER),
+		.bp_spec_reduce = boot_cpu_has(X86_FEATURE_SRSO_BP_SPEC_REDUCE),
 	};
 }
 
@@ -58,6 +67,12 @@ u64 krab_host_dr7(void)
 void krab_machine_check(void)
 {
 	asm volatile("int $18");
+}
+
+/* This CPU ran a guest: the kernel puts a barrier before the next return to user code. */
+void krab_ibpb_before_user(void)
+{
+	this_cpu_write(x86_ibpb_exit_to_user, true);
 }
 
 u64 krab_virt_to_phys(const void *pointer)
@@ -93,6 +108,30 @@ void krab_cpus_read_lock(void)
 void krab_cpus_read_unlock(void)
 {
 	cpus_read_unlock();
+}
+
+/* The tick that comes in between counts as the guest's time. Preemption is off. */
+void krab_guest_time_begin(void)
+{
+	unsigned long flags;
+
+	local_irq_save(flags);
+	vtime_account_guest_enter();
+	local_irq_restore(flags);
+}
+
+void krab_guest_time_end(void)
+{
+	unsigned long flags;
+
+	local_irq_save(flags);
+	vtime_account_guest_exit();
+	local_irq_restore(flags);
+}
+
+void krab_rcu_quiescent(void)
+{
+	rcu_note_context_switch(false);
 }
 
 int krab_cpuhp_setup(int (*up)(unsigned int cpu), int (*down)(unsigned int cpu))

@@ -20,6 +20,14 @@ struct krab_host_features {
 	bool la57;
 	bool lfence_serializing;
 	bool invariant_tsc;
+	/* Physical addresses carry an encryption bit. */
+	bool memory_encryption;
+	/* The host checks who owns a page (SEV-SNP's reverse map). */
+	bool snp;
+	/* Indirect-branch prediction barriers: the CPU has them and the host uses mitigations. */
+	bool ibpb;
+	bool ibpb_exit_to_user;
+	bool bp_spec_reduce;
 };
 
 void krab_host_features(struct krab_host_features *features);
@@ -28,6 +36,7 @@ int krab_wrmsr_safe(u32 msr, u64 value);
 u64 krab_host_spec_ctrl(void);
 u64 krab_host_dr7(void);
 void krab_machine_check(void);
+void krab_ibpb_before_user(void);
 
 u64 krab_virt_to_phys(const void *pointer);
 void krab_cpuid(u32 leaf, u32 subleaf, u32 *out);
@@ -36,6 +45,9 @@ unsigned int krab_cpu_ids(void);
 void krab_on_each_cpu(void (*fn)(void *), void *arg);
 void krab_cpus_read_lock(void);
 void krab_cpus_read_unlock(void);
+void krab_guest_time_begin(void);
+void krab_guest_time_end(void);
+void krab_rcu_quiescent(void);
 int krab_cpuhp_setup(int (*up)(unsigned int cpu), int (*down)(unsigned int cpu));
 void krab_cpuhp_remove(int state);
 

@@ -112,10 +112,24 @@ pub(crate) fn host_spec_ctrl(_irqs: &IrqsOff) -> u64 {
     unsafe { bindings::krab_host_spec_ctrl() }
 }
 
+/// This CPU ran a guest: no user code may run here before a barrier. For hosts that ask for it.
+pub(crate) fn ibpb_before_user(_irqs: &IrqsOff) {
+    // SAFETY: a per-CPU flag; interrupts are off, so the CPU does not change.
+    unsafe { bindings::krab_ibpb_before_user() };
+}
+
 /// Hands a machine check that ended a guest's run to the host.
 pub(crate) fn deliver_machine_check(_irqs: &IrqsOff) {
     // SAFETY: raises the host's own machine-check handler, which may run at any point.
     unsafe { bindings::krab_machine_check() };
+}
+
+/// Tells RCU that this CPU holds no reference at this point. The caller is in no read-side section.
+#[inline]
+pub(crate) fn rcu_quiescent(_irqs: &IrqsOff) {
+    // SAFETY: interrupts are off, and no borrow of RCU-protected data is held by safe code across this call: guards are not `Send`
+    // and the run loop has none.
+    unsafe { bindings::krab_rcu_quiescent() };
 }
 
 /// Runs `f` on every online CPU with interrupts off and waits.

@@ -8,7 +8,10 @@ use core::marker::PhantomData;
 use kernel::prelude::*;
 
 use super::{bindings, cpu};
-use crate::arch::{cr::xcr0, msr};
+use crate::arch::{
+    cr::{dr::DR7_INIT, xcr0},
+    msr,
+};
 
 /// The largest XSAVE image, in bytes, that a guest's area holds.
 pub(crate) const AREA_BYTES: usize = 4096 * 3;

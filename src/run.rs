@@ -12,7 +12,11 @@ use crate::{
     abi::run::{self, KVM_EXIT_INTR},
     arch::cr::rflags,
     exits::{Handled, ToUser},
-    glue::{cpu::IrqsOff, lock::lock_killable, signal, task},
+    glue::{
+        cpu::{self, IrqsOff},
+        lock::lock_killable,
+        signal, task,
+    },
     guest::{queue::Readiness, Event, Exit},
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -155,10 +159,12 @@ impl<V: Vendor> Vcpu<V> {
         let Core { state, fpu, .. } = core;
         let window = fpu.enter();
         let user_window = state.lapic.is_none() && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
+        let _guest_time = task::GuestTime::begin(&window);
         let mut first = true;
         loop {
             // Interrupts that came while they were off are taken between two rounds of this loop.
             let irqs = IrqsOff::new();
+            cpu::rcu_quiescent(&irqs);
             if first {
                 state.hw.begin_window(&irqs);
                 first = false;

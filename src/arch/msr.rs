@@ -94,6 +94,8 @@ pub const TW_CFG: u32 = 0xC001_1023;
 pub const DE_CFG: u32 = 0xC001_1029;
 pub const BU_CFG2: u32 = 0xC001_102A;
 pub const F15H_EX_CFG: u32 = 0xC001_102C;
+/// Branch prediction of Zen 4 and later.
+pub const BP_CFG: u32 = 0xC001_102E;
 pub const VM_CR: u32 = 0xC001_0114;
 pub const VM_HSAVE_PA: u32 = 0xC001_0117;
 

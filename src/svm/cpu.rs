@@ -21,6 +21,9 @@ use crate::{
 /// VM_CR: SVM is disabled. APM Vol. 2 "Enabling SVM".
 const VM_CR_SVMDIS: u64 = 1 << 4;
 
+/// PRED_CMD: a whole barrier.
+const PRED_CMD_IBPB: u64 = 1;
+
 /// What one CPU keeps.
 struct PerCpuState {
     /// Where VMRUN keeps host state.
@@ -30,6 +33,8 @@ struct PerCpuState {
     /// Whether we turned SVM on here.
     ours: Cell<bool>,
     asids: Cell<AsidPool>,
+    /// Number of the vCPU that ran here last, 0 for none.
+    last_vcpu: Cell<u64>,
 }
 
 /// Address space identifiers are handed out upwards; when they run out, a new generation begins with a flush of the CPU's TLB.
@@ -59,7 +64,7 @@ pub(crate) struct Svm {
 
 impl Svm {
     /// Looks at the host. Each refusal is one line in the log: `ENODEV` without SVM, `EPERM` when firmware disabled it, `EOPNOTSUPP`
-    /// without nested paging.
+    /// without nested paging or with encrypted host memory.
     pub(crate) fn probe() -> Result<Arc<Self>> {
         let features = cpu::host_features();
         if !features.svm {
@@ -74,12 +79,17 @@ impl Svm {
             pr_err!("this CPU has SVM but no nested paging, which Krab needs\n");
             return Err(error::unsupported());
         }
+        if features.memory_encryption || features.snp {
+            pr_err!("the host encrypts its memory (SME or SEV-SNP), which Krab does not support: boot with mem_encrypt=off\n");
+            return Err(error::unsupported());
+        }
         let per_cpu = PerCpu::new(|| {
             Ok(PerCpuState {
                 save_area: PhysBox::new()?,
                 host: PhysBox::new()?,
                 ours: Cell::new(false),
                 asids: Cell::new(AsidPool { generation: 1, next: 1 }),
+                last_vcpu: Cell::new(0),
             })
         })?;
         // CPUID.8000000Ah:EBX is the number of identifiers.
@@ -92,6 +102,19 @@ impl Svm {
             pass_through(&mut msr_permissions.0, msr);
         }
         Ok(Arc::new(Self { per_cpu, features, asid_count, io_permissions, msr_permissions }, GFP_KERNEL)?)
+    }
+
+    /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
+    #[inline]
+    pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
+        let last = self.per_cpu.get(irqs).last_vcpu.replace(vcpu);
+        if last != vcpu && self.features.ibpb {
+            // Each vCPU is a prediction domain of its own.
+            cpu::write_pred_cmd(PRED_CMD_IBPB);
+        }
+        if self.features.ibpb_exit_to_user {
+            cpu::ibpb_before_user(irqs);
+        }
     }
 
     /// This CPU's save area for what VMRUN does not save.
@@ -133,7 +156,7 @@ impl Hardware for Svm {
         if insn::is_on(irqs)? {
             return Err(EBUSY);
         }
-        insn::turn_on(state.save_area.address(), irqs)?;
+        insn::turn_on(state.save_area.address(), self.features.bp_spec_reduce, irqs)?;
         // Whatever another hypervisor left in the TLB under our identifiers goes with the new generation's flush.
         let pool = state.asids.get();
         state.asids.set(AsidPool { generation: pool.generation.wrapping_add(1), next: self.asid_count });
@@ -144,7 +167,7 @@ impl Hardware for Svm {
     fn disable(&self, irqs: &IrqsOff) {
         let state = self.per_cpu.get(irqs);
         if state.ours.replace(false) {
-            insn::turn_off(irqs);
+            insn::turn_off(self.features.bp_spec_reduce, irqs);
         }
     }
 }

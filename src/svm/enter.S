@@ -70,6 +70,14 @@ SYM_FUNC_START(krab_svm_enter)
 	wrmsr
 .Lguest_spec_ctrl_done:
 
+	/* Some CPUs let the next user of the divider see stale data of the last one: divide something harmless. */
+	ALTERNATIVE "jmp .Ldivider_done", "", X86_BUG_DIV0
+	xor	%eax, %eax
+	xor	%edx, %edx
+	mov	$1, %ecx
+	div	%ecx
+.Ldivider_done:
+
 	mov	%rsi, %rax
 	vmload	%rax
 
@@ -139,8 +147,8 @@ SYM_FUNC_START(krab_svm_enter)
 	mov	$PRED_CMD_IBPB, %eax
 	xor	%edx, %edx
 	wrmsr
-	/* On CPUs whose IBPB leaves return predictions, and harmless elsewhere. */
-	FILL_RETURN_BUFFER %rax, RSB_CLEAR_LOOPS, X86_FEATURE_RSB_VMEXIT
+	/* Some CPUs' barrier leaves return predictions. */
+	FILL_RETURN_BUFFER %rax, RSB_CLEAR_LOOPS, X86_BUG_IBPB_NO_RET
 .Libpb_done:
 
 	/* Guest values must not be used by speculation: RAX and RSP were switched by hardware. */
@@ -183,3 +191,11 @@ SYM_FUNC_START(krab_svm_enter)
 
 	_ASM_EXTABLE(1b, .Lsvm_is_off)
 SYM_FUNC_END(krab_svm_enter)
+
+/* void krab_svm_save_host(u64 host_save_pa): VMSAVE, or nothing when SVM was turned off under us. */
+SYM_FUNC_START(krab_svm_save_host)
+	mov	%rdi, %rax
+2:	vmsave	%rax
+3:	RET
+	_ASM_EXTABLE(2b, 3b)
+SYM_FUNC_END(krab_svm_save_host)

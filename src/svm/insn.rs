@@ -27,6 +27,7 @@ extern "C" {
         host_spec_ctrl: u64,
         vmcb: *mut Vmcb,
     ) -> u32;
+    fn krab_svm_save_host(address: u64);
 }
 
 /// SVM was turned off under us: the host is going down.
@@ -60,9 +61,9 @@ pub(super) fn enter(
 /// Saves what VMRUN does not: FS, GS, TR, LDTR, KERNEL_GS_BASE and the system-call MSRs of the host.
 #[inline]
 pub(super) fn save_host(host: &PhysBox<Bytes<4096>>, _irqs: &IrqsOff) {
-    // SAFETY: the address is of a page that belongs to this CPU and is used for nothing else. With SVM off this is #UD: callers hold the
-    // extension, and the emergency path that takes it away does not come back.
-    unsafe { core::arch::asm!("vmsave rax", in("rax") host.address().0, options(nostack)) };
+    // SAFETY: the address is of a page that belongs to this CPU and is used for nothing else. Nothing happens when SVM was turned off
+    // under us, and then `enter` loads nothing.
+    unsafe { krab_svm_save_host(host.address().0) };
 }
 
 /// Whether EFER.SVME is set on this CPU.
@@ -70,8 +71,22 @@ pub(super) fn is_on(_irqs: &IrqsOff) -> Result<bool> {
     Ok(cpu::read_msr(msr::EFER)? & efer::SVME != 0)
 }
 
-/// Turns SVM on with `save_area` as the page in which the CPU keeps host state.
-pub(super) fn turn_on(save_area: Hpa, _irqs: &IrqsOff) -> Result {
+/// Sets the bit by which some CPUs keep guests' branch predictions from the host's returns: for as long as SVM is on.
+fn reduce_speculation(on: bool) {
+    /// MSRC001_102E, BpSpecReduce. Linux "Speculative Return Stack Overflow (SRSO)".
+    const BP_SPEC_REDUCE: u64 = 1 << 4;
+    if let Ok(old) = cpu::read_msr(msr::BP_CFG) {
+        let new = if on { old | BP_SPEC_REDUCE } else { old & !BP_SPEC_REDUCE };
+        // SAFETY: changes how far the CPU speculates and nothing else.
+        let _ = unsafe { cpu::write_msr(msr::BP_CFG, new) };
+    }
+}
+
+/// Turns SVM on with `save_area` as the page in which the CPU keeps host state. `bp_spec_reduce`: the host relies on that bit.
+pub(super) fn turn_on(save_area: Hpa, bp_spec_reduce: bool, _irqs: &IrqsOff) -> Result {
+    if bp_spec_reduce {
+        reduce_speculation(true);
+    }
     let old = cpu::read_msr(msr::EFER)?;
     // SAFETY: SVME only adds instructions; the save area is a page of ours that lives until SVM is turned off.
     unsafe {
@@ -81,7 +96,10 @@ pub(super) fn turn_on(save_area: Hpa, _irqs: &IrqsOff) -> Result {
 }
 
 /// Turns SVM off and forgets the save area.
-pub(super) fn turn_off(_irqs: &IrqsOff) {
+pub(super) fn turn_off(bp_spec_reduce: bool, _irqs: &IrqsOff) {
+    if bp_spec_reduce {
+        reduce_speculation(false);
+    }
     // SAFETY: EFER is otherwise as it was; nothing of ours runs a guest on this CPU any more.
     unsafe {
         let _ = cpu::write_msr(msr::VM_HSAVE_PA, 0);

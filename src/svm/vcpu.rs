@@ -2,6 +2,8 @@
 //! One virtual CPU: its VMCB and what goes in and out of it.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
@@ -70,6 +72,8 @@ const PAT_INIT: u64 = 0x0007_0406_0007_0406;
 
 pub(crate) struct SvmVcpu {
     host: Arc<Svm>,
+    /// Like no other vCPU's, ever.
+    number: u64,
     vmcb: PhysBox<Vmcb>,
     asid: Asid,
     flush_wanted: bool,
@@ -83,8 +87,10 @@ impl Vendor for Svm {
     type NestedFormat = Npt;
 
     fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut vcpu = SvmVcpu {
             host: self.clone(),
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
             vmcb: PhysBox::new()?,
             asid: Asid::default(),
             flush_wanted: false,
@@ -499,6 +505,7 @@ impl VendorVcpu for SvmVcpu {
 
     #[inline]
     fn begin_window(&mut self, irqs: &IrqsOff) {
+        self.host.separate(self.number, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
     }
 
