@@ -9,7 +9,7 @@ use kernel::prelude::*;
 
 use super::{bindings, cpu};
 use crate::arch::{
-    cr::{dr::DR7_INIT, xcr0},
+    cr::xcr0,
     msr,
 };
 

@@ -8,6 +8,7 @@
 //! Guest memory of the kit, below 2 MiB: GDT 0x1000, IDT 0x2000, TSS 0x3000, stubs 0x4000, handlers 0x5000, counters
 //! 0x7000, page tables 0x8000-0xffff, code 0x10000, stacks below 0x80000, data of the test from 0x100000.
 
+use crate::harness::on_kvm;
 use crate::vm::{Cpuid, Device, Exit, Ram, Vcpu, Vm};
 use crate::{ioctls::*, kvm::*, sys};
 
@@ -311,6 +312,9 @@ pub fn set_xmm(cpu: &Vcpu, xmm: &[[u8; 16]; 16]) {
 /// context: a guest that shut down in real mode and starts in real mode would walk page tables at address 0 for ever.
 /// Protected mode in between makes it load the root again.
 pub fn recover_from_shutdown(cpu: &Vcpu) {
+    if !on_kvm() {
+        return;
+    }
     let mut s = cpu.sregs();
     s.cr0 ^= 1;
     cpu.set_sregs(&s);

@@ -146,14 +146,16 @@ impl Drop for Kicks {
     }
 }
 
-/// Runs `f` in a forked child; its return value is the exit code. Waits, and gives back the wait status.
+/// Runs `f` in a forked child; its return value is the exit code, 101 after a panic. Waits, and gives back the wait
+/// status.
 pub fn in_child(f: impl FnOnce() -> i32) -> i32 {
     // SAFETY: the child calls only `f` and `_exit`; the tests that use this have no other thread at that time.
     unsafe {
         let pid = libc::fork();
         assert!(pid >= 0, "fork: {:?}", Errno::last());
         if pid == 0 {
-            libc::_exit(f());
+            let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(101);
+            libc::_exit(code);
         }
         wait(pid)
     }

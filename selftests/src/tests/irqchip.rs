@@ -150,6 +150,7 @@ fn msi_wakes_halted() {
     g.set_eoi(Eoi::Xapic);
     std::thread::scope(|s| {
         s.spawn(|| {
+            assert!(g.ram.wait_u64(DATA, 1, 5000), "the guest does not start");
             for i in 0..20 {
                 sleep_ms(1);
                 assert!(g.vm.signal_msi(APIC, 0x77).is_ok());
@@ -208,6 +209,7 @@ fn irqfd_wakes_halted() {
     assert_ok!(g.vm.irqfd(fd, 30, 0, 0));
     std::thread::scope(|s| {
         s.spawn(|| {
+            assert!(g.ram.wait_u64(DATA, 1, 5000), "the guest does not start");
             for i in 0..20 {
                 sleep_ms(1);
                 eventfd_write(fd, 1);
@@ -788,8 +790,10 @@ fn pit_round_trip() {
 payload! { ic_load, 64,
     "mov rbx, 0xfee00000",
     "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "mov qword ptr [0x100000], 1",
     "sti",
     "2: inc rax",
+    "xor eax, eax",
     "cpuid",
     "jmp 2b",
 }
@@ -799,10 +803,7 @@ fn interrupts_under_load() {
     let g = Guest::long_irqchip(ic_load());
     g.set_eoi(Eoi::Xapic);
     beside(&g.cpu, || {
-        // Lost as long as the guest has not enabled its APIC.
-        while !g.ram.wait_u64(COUNTS + 0x92 * 8, 1, 100) {
-            assert!(g.vm.signal_msi(APIC, 0x92).is_ok());
-        }
+        assert!(g.ram.wait_u64(DATA, 1, 5000), "the guest does not start");
         std::thread::scope(|s| {
             for t in 0..2u8 {
                 let g = &g;
@@ -810,7 +811,10 @@ fn interrupts_under_load() {
                     for i in 0..500 {
                         let before = g.count(0x90 + t);
                         assert!(g.vm.signal_msi(APIC, 0x90 + t as u32).is_ok());
-                        assert!(g.ram.wait_u64(COUNTS + (0x90 + t as u64) * 8, before + 1, 5000), "thread {t}, {i}");
+                        assert!(
+                            g.ram.wait_u64(COUNTS + (0x90 + t as u64) * 8, before + 1, 5000),
+                            "thread {t}, message {i}"
+                        );
                     }
                 });
             }

@@ -311,6 +311,7 @@ fn halt_and_wake_by_timer() {
 payload! { ic_halt, 64,
     "mov rbx, 0xfee00000",
     "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "mov qword ptr [0x100000], 1",
     "2: sti",
     "hlt",
     "cli",
@@ -448,7 +449,7 @@ pub fn beside(cpu: &Vcpu, work: impl FnOnce()) {
             }
         });
         let tid = receive.recv().expect("the thread runs");
-        work();
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         while !t.is_finished() {
             cpu.set_immediate_exit(true);
@@ -457,6 +458,9 @@ pub fn beside(cpu: &Vcpu, work: impl FnOnce()) {
         }
         assert!(t.join().is_ok());
         cpu.set_immediate_exit(false);
+        if let Err(p) = result {
+            std::panic::resume_unwind(p);
+        }
     });
 }
 

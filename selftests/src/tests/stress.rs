@@ -48,11 +48,14 @@ fn spin(cpu: &Vcpu, stop: &AtomicBool) {
 
 fn stop_all(stop: &AtomicBool, threads: Vec<(std::thread::ScopedJoinHandle<()>, i32)>) {
     stop.store(true, Ordering::Relaxed);
-    for (t, tid) in threads {
-        while !t.is_finished() {
-            sys::kick(tid);
-            sleep_ms(1);
+    // All are kicked until all are gone: one may be waiting for another.
+    while threads.iter().any(|(t, _)| !t.is_finished()) {
+        for (_, tid) in threads.iter().filter(|(t, _)| !t.is_finished()) {
+            sys::kick(*tid);
         }
+        sleep_ms(1);
+    }
+    for (t, _) in threads {
         assert!(t.join().is_ok(), "a vCPU's thread failed");
     }
 }
