@@ -54,6 +54,16 @@ impl<V: Vendor> State<V> {
         self.lapic.as_ref().map_or(self.user_apic_base, |lapic| lapic.base())
     }
 
+    /// Sets IA32_APIC_BASE where userspace has the local APIC. Bits 7:0 and 9 are reserved, and so is what is above the physical
+    /// address width.
+    pub(crate) fn set_user_apic_base(&mut self, value: u64) -> Result<(), Refused> {
+        if value & (0x2FF | self.caps.reserved_physical()) != 0 {
+            return Err(Refused::Gp);
+        }
+        self.user_apic_base = value;
+        Ok(())
+    }
+
     fn policy<R>(&mut self, vm: &Vm<V>, by: By, f: impl FnOnce(&mut crate::policy::msr::MsrState, &Context<'_>) -> R) -> R {
         let context = Context {
             config: &vm.host.msr_config,
@@ -128,12 +138,7 @@ impl<V: Vendor> State<V> {
                 return Ok(());
             }
             (Register::ApicBase, None) => {
-                // Bits 7:0 and 9 are reserved, and so is what is above the physical address width.
-                if value & (0x2FF | self.caps.reserved_physical()) != 0 {
-                    return Err(Refused::Gp);
-                }
-                self.user_apic_base = value;
-                return Ok(());
+                return self.set_user_apic_base(value);
             }
             (Register::ApicBase, Some(lapic)) => {
                 lapic.write_base(value, self.caps.physical_bits.into(), by == By::Host).map_err(|_| Refused::Gp)?

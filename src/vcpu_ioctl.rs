@@ -275,7 +275,7 @@ impl<V: Vendor> Core<V> {
                 }
             }
             None => {
-                state.user_apic_base = sregs.apic_base;
+                state.set_user_apic_base(sregs.apic_base).map_err(|_| EINVAL)?;
                 state.user_interrupt = queued;
             }
         }
