@@ -36,7 +36,7 @@ tests! { "irqchip";
 }
 
 /// The kit enables the LAPIC by its spurious-interrupt register here, in xAPIC mode.
-const APIC: u64 = 0xfee0_0000;
+pub const APIC: u64 = 0xfee0_0000;
 
 fn create_errors() {
     let vm = Vm::new();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The local APIC and what a CPU does with it: timers, IPIs, HLT, TPR, INIT and SIPI, NMI.
 
+use super::irqchip::APIC;
 use krabtest::guest::*;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
@@ -18,6 +19,7 @@ tests! { "lapic";
     halt_and_wake_by_timer;
     halt_is_kicked;
     tpr_holds_interrupts_back;
+    shadow_of_sti;
     ipi_between_vcpus_xapic;
     ipi_between_vcpus_x2apic;
     init_sipi;
@@ -364,6 +366,42 @@ fn tpr_holds_interrupts_back() {
     assert_eq!(g.count(0x55), 0, "TPR 5 still holds class 5");
     g.expect_done();
     assert_eq!(g.count(0x55), 1);
+}
+
+payload! { la_shadow, 64,
+    "mov rbx, 0xfee00000",
+    "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "2: out 0xed, al",
+    // Here the host makes it look as if STI had just been executed.
+    "hlt",
+    "cli",
+    "jmp 2b",
+}
+
+/// An interrupt that is pending in the shadow of STI is taken behind the next instruction: when that is HLT, it wakes. If
+/// it were taken before, HLT would have nothing to wait for.
+fn shadow_of_sti() {
+    let g = Guest::long_irqchip(la_shadow());
+    g.set_eoi(Eoi::Xapic);
+    g.expect_done();
+    for i in 0..20 {
+        let mut r = g.cpu.regs();
+        r.rflags |= 0x200;
+        // Finish the `out` first: the shadow is for the instruction after it.
+        g.cpu.set_immediate_exit(true);
+        assert_err!(g.cpu.run(), EINTR);
+        g.cpu.set_immediate_exit(false);
+        r.rip = g.cpu.regs().rip;
+        g.cpu.set_regs(&r);
+        let mut e: kvm_vcpu_events = assert_ok!(g.cpu.get(KVM_GET_VCPU_EVENTS));
+        e.interrupt.shadow = 1;
+        e.flags = KVM_VCPUEVENT_VALID_SHADOW;
+        assert_ok!(g.cpu.set(KVM_SET_VCPU_EVENTS, &e));
+        assert_eq!(assert_ok!(g.vm.signal_msi(APIC, 0x66)), 1);
+        let done = assert_ok!(g.cpu.run_for(3000));
+        assert!(matches!(done, Exit::Io { port: PORT_DONE, .. }), "{done:?}");
+        assert_eq!(g.count(0x66), i + 1);
+    }
 }
 
 payload! { ic_ipi_send_xapic, 64,
