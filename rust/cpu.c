@@ -6,7 +6,6 @@
 #include <linux/mem_encrypt.h>
 #include <linux/rcupdate.h>
 #include <linux/smp.h>
-#include <linux/vtime.h>
 #include <asm/cpufeature.h>
 #include <asm/cpuid/api.h>
 #include <asm/debugreg.h>
@@ -110,23 +109,10 @@ void krab_cpus_read_unlock(void)
 	cpus_read_unlock();
 }
 
-/* The tick that comes in between counts as the guest's time. Preemption is off. */
-void krab_guest_time_begin(void)
+/* An interrupt that is pending until interrupts are on, of the cheapest kind. */
+void krab_interrupt_self(void)
 {
-	unsigned long flags;
-
-	local_irq_save(flags);
-	vtime_account_guest_enter();
-	local_irq_restore(flags);
-}
-
-void krab_guest_time_end(void)
-{
-	unsigned long flags;
-
-	local_irq_save(flags);
-	vtime_account_guest_exit();
-	local_irq_restore(flags);
+	arch_smp_send_reschedule(raw_smp_processor_id());
 }
 
 void krab_rcu_quiescent(void)

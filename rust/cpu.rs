@@ -124,6 +124,13 @@ pub(crate) fn deliver_machine_check(_irqs: &IrqsOff) {
     unsafe { bindings::krab_machine_check() };
 }
 
+/// Makes an interrupt pending on this CPU: a guest that is entered now exits before its first instruction, behind what the
+/// entry injects.
+pub(crate) fn interrupt_self(_irqs: &IrqsOff) {
+    // SAFETY: the handler only looks whether the task is to be rescheduled.
+    unsafe { bindings::krab_interrupt_self() };
+}
+
 /// Tells RCU that this CPU holds no reference at this point. The caller is in no read-side section.
 #[inline]
 pub(crate) fn rcu_quiescent(_irqs: &IrqsOff) {

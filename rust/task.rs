@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The current task: signals, rescheduling, deferred work.
-use core::{arch::asm, marker::PhantomData};
+use core::arch::asm;
 use kernel::{bindings, prelude::*};
 
 use super::bindings as own;
@@ -95,27 +95,6 @@ pub(super) fn this_cpu() -> u32 {
              options(readonly, nostack, preserves_flags))
     };
     cpu
-}
-
-/// While it lives, the clock tick counts this task's time as a guest's.
-pub struct GuestTime(PhantomData<*mut ()>);
-
-impl GuestTime {
-    /// Begins it. The window witnesses that preemption is off; it must outlive the result.
-    #[inline]
-    pub(crate) fn begin(_window: &super::fpu::Window<'_>) -> Self {
-        // SAFETY: preemption is off; the drop is the counterpart.
-        unsafe { own::krab_guest_time_begin() };
-        Self(PhantomData)
-    }
-}
-
-impl Drop for GuestTime {
-    #[inline]
-    fn drop(&mut self) {
-        // SAFETY: the counterpart of `begin`, on the same CPU.
-        unsafe { own::krab_guest_time_end() };
-    }
 }
 
 /// Nanoseconds that the current task was ready to run and did not, since it began.

@@ -293,6 +293,13 @@ impl<V: Vendor> State<V> {
                 return;
             }
         }
+        if exception.vector == vector::DB && self.shadow_step {
+            // Our own step out of an interrupt shadow. An NMI waits, so the next entry looks again.
+            self.hw.set_dr6(self.hw.dr6() & !dr::DR6_BS);
+            if self.hw.dr6() & dr::DR6_TRAPS == 0 || self.hw.dr7() & dr::DR7_ENABLES == 0 {
+                return;
+            }
+        }
         self.events.raise(exception);
     }
 

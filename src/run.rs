@@ -159,7 +159,6 @@ impl<V: Vendor> Vcpu<V> {
         let Core { state, fpu, .. } = core;
         let window = fpu.enter();
         let user_window = state.lapic.is_none() && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
-        let _guest_time = task::GuestTime::begin(&window);
         let mut first = true;
         loop {
             // Interrupts that came while they were off are taken between two rounds of this loop.
@@ -194,7 +193,7 @@ impl<V: Vendor> Vcpu<V> {
                 if user_window && state.takes_user_interrupt() {
                     return Slow::InterruptWindow;
                 }
-                state.prepare_entry(&self.vm, user_window);
+                state.prepare_entry(&self.vm, user_window, &irqs);
                 if state.events.triple_fault {
                     return Slow::Work;
                 }
@@ -263,7 +262,7 @@ impl<V: Vendor> State<V> {
 
     /// Puts what goes into the guest with this entry where hardware finds it.
     #[inline]
-    fn prepare_entry(&mut self, vm: &crate::vm::Vm<V>, user_window: bool) {
+    fn prepare_entry(&mut self, vm: &crate::vm::Vm<V>, user_window: bool, irqs: &IrqsOff) {
         if let Some(lapic) = &self.lapic {
             if lapic.cr8() != self.cr8 {
                 self.cr8 = lapic.cr8();
@@ -272,14 +271,16 @@ impl<V: Vendor> State<V> {
         }
         let waits = self.interrupt_waits();
         let held_back = self.held_back_by_tpr();
-        if !waits && !held_back && self.events.is_empty() && !self.windows_open && !user_window {
+        let idle = !waits && !held_back && self.events.is_empty();
+        if idle && !self.windows_open && !self.shadow_step && !user_window {
             return;
         }
-        self.prepare_events(vm, waits, user_window);
+        self.prepare_events(vm, waits, user_window, irqs);
     }
 
     #[inline(never)]
-    fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool) {
+    fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
+        self.shadow_step = false;
         let readiness = self.readiness();
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
         let entry = events.next(readiness, waits, || match lapic {
@@ -302,7 +303,19 @@ impl<V: Vendor> State<V> {
             self.hw.inject(event);
         }
         // Another one may wait behind the one that goes in now.
-        let more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
+        let mut more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
+        if entry.nmi_window && !self.events.nmi_masked {
+            if entry.inject.is_some() {
+                // The event goes in, and before its handler's first instruction comes the exit.
+                cpu::interrupt_self(irqs);
+            } else if readiness.interrupts_enabled {
+                more = true;
+            } else if self.regs.rflags & rflags::TF == 0 {
+                // In the shadow of MOV SS: the trap after the next instruction tells when it is over.
+                self.regs.rflags |= rflags::TF | rflags::RF;
+                self.shadow_step = true;
+            }
+        }
         let held_back = self.held_back_by_tpr();
         self.hw.want_interrupt_window(more);
         self.hw.want_cr8_writes(held_back);
@@ -314,6 +327,9 @@ impl<V: Vendor> State<V> {
     fn after_exit(&mut self) {
         if let Some(event) = self.hw.take_unfinished_event() {
             self.events.unfinished = Some(event);
+        }
+        if self.shadow_step {
+            self.regs.rflags &= !rflags::TF;
         }
         let cr8 = self.hw.tpr();
         if cr8 != self.cr8 {

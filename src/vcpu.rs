@@ -212,6 +212,8 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) nmi_return: Option<u64>,
     /// RFLAGS.TF is ours, to see the end of that IRET.
     pub(crate) stepping: bool,
+    /// RFLAGS.TF is ours in this entry, to see the end of an interrupt shadow that an NMI waits for.
+    pub(crate) shadow_step: bool,
     /// An interrupt window or CR8 writes were asked for.
     pub(crate) windows_open: bool,
     pub(crate) timer: Pin<KBox<Timer<LapicTimer>>>,
@@ -285,6 +287,7 @@ impl<V: Vendor> Vcpu<V> {
             cr8: 0,
             nmi_return: None,
             stepping: false,
+            shadow_step: false,
             windows_open: false,
             timer,
             index,
@@ -341,6 +344,7 @@ impl<V: Vendor> State<V> {
         self.events = EventQueue::default();
         self.nmi_return = None;
         self.stepping = false;
+        self.shadow_step = false;
     }
 
     /// INIT: the boot CPU starts at the reset vector, the others wait for a start-up IPI.

@@ -6,10 +6,7 @@ use kernel::prelude::*;
 
 use crate::{
     abi::{ioctl::*, vcpu::*, FromZeros, IntoBytes},
-    arch::{
-        cr::dr,
-        Hva,
-    },
+    arch::{cr::dr, Gva, Hva},
     dev::each_msr,
     glue::{lock::lock_killable, timer, user},
     guest::{
@@ -18,6 +15,7 @@ use crate::{
         Regs, SystemRegs,
     },
     irqchip::lapic::STATE_BYTES,
+    mmu::walk,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
     vcpu::{request, Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -55,6 +53,19 @@ impl<V: Vendor> Vcpu<V> {
             KVM_SET_SREGS => with(at, |sregs: KvmSregs| core.set_sregs(self, &sregs)),
             KVM_GET_FPU => give(at, &core.fpu()),
             KVM_SET_FPU => with(at, |fpu: KvmFpu| core.set_fpu(&fpu)),
+            KVM_TRANSLATE => {
+                let asked: KvmTranslation = user::read(at)?;
+                let found = walk::translate(&vm.memory.view(true), &core.state.walk_context(0), Gva(asked.linear_address));
+                let mut answer = KvmTranslation { linear_address: asked.linear_address, ..KvmTranslation::new_zeroed() };
+                answer.physical_address = u64::MAX;
+                if let Ok(found) = found {
+                    answer.physical_address = found.gpa.0;
+                    answer.valid = 1;
+                    answer.writeable = u8::from(found.writable);
+                    answer.usermode = u8::from(found.user);
+                }
+                give(at, &answer)
+            }
             KVM_GET_XSAVE | KVM_GET_XSAVE2 => {
                 let image = core.fpu.image();
                 let len = if cmd == KVM_GET_XSAVE { 4096 } else { vm.host.xsave_bytes().max(4096) };

@@ -128,7 +128,7 @@ capabilities! {
     KVM_CAP_HYPERV_VAPIC = 45, No;
     KVM_CAP_HYPERV_SPIN = 46, No;
     KVM_CAP_PCI_SEGMENT = 47, No;
-    KVM_CAP_INTR_SHADOW = 49, No;
+    KVM_CAP_INTR_SHADOW = 49, Value(1);
     KVM_CAP_DEBUGREGS = 50, Value(1);
     KVM_CAP_X86_ROBUST_SINGLESTEP = 51, Value(1);
     KVM_CAP_ENABLE_CAP = 54, No;

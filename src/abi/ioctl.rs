@@ -155,7 +155,7 @@ ioctls! {
     KVM_SET_REGS = iow::<KvmRegs>(0x82), 0x4090_AE82, C, Supported;
     KVM_GET_SREGS = ior::<KvmSregs>(0x83), 0x8138_AE83, C, Supported;
     KVM_SET_SREGS = iow::<KvmSregs>(0x84), 0x4138_AE84, C, Supported;
-    KVM_TRANSLATE = iowr::<KvmTranslation>(0x85), 0xC018_AE85, C, Refused;
+    KVM_TRANSLATE = iowr::<KvmTranslation>(0x85), 0xC018_AE85, C, Supported;
     KVM_INTERRUPT = iow::<KvmInterrupt>(0x86), 0x4004_AE86, C, Supported, "without an interrupt controller in the kernel";
     KVM_GET_MSRS = iowr::<KvmMsrs>(0x88), 0xC008_AE88, S.or(C), Supported, "on the system: feature MSRs";
     KVM_SET_MSRS = iow::<KvmMsrs>(0x89), 0x4008_AE89, C, Supported;

@@ -106,6 +106,8 @@ pub mod dr {
     pub const DR7_GD: u64 = 1 << 13;
     /// All local and global breakpoint enables.
     pub const DR7_ENABLES: u64 = 0xFF;
+    /// DR6: breakpoint conditions met.
+    pub const DR6_TRAPS: u64 = 0xF;
     /// DR6: debug-register access detected.
     pub const DR6_BD: u64 = 1 << 13;
     /// DR6: single step.

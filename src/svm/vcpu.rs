@@ -408,6 +408,10 @@ impl VendorVcpu for SvmVcpu {
                     (vector::DB, Some(bits)) => save.dr6 |= bits,
                     _ => {}
                 }
+                if exception.vector == vector::DB {
+                    // SDM "General-Detect Exception Condition": the handler may use the debug registers.
+                    save.dr7 &= !dr::DR7_GD;
+                }
                 (event::TYPE_EXCEPTION, exception.vector)
             }
             // Its instruction runs again.
