@@ -14,6 +14,7 @@ pub mod mmio;
 pub mod real_mode;
 pub mod state;
 pub mod stress;
+pub mod windows;
 
 pub const GROUPS: &[Group] = &[
     api::GROUP,
@@ -26,5 +27,6 @@ pub const GROUPS: &[Group] = &[
     memory::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    windows::GROUP,
     stress::GROUP,
 ];
