@@ -68,11 +68,6 @@ impl GuestFpu {
         self.xcr0 = xcr0::X87;
     }
 
-    /// State components that the host manages: an upper bound for a guest's XCR0.
-    pub(crate) fn supported(&self) -> u64 {
-        self.supported
-    }
-
     /// The guest's XCR0.
     pub(crate) fn xcr0(&self) -> u64 {
         self.xcr0

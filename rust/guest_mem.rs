@@ -4,7 +4,7 @@
 //!
 //! Nothing is pinned. A page found by [`AddressSpace::fault_in`] may go away at any time after; the notifier says so. The
 //! fault path is therefore: [`snapshot`](AddressSpace::snapshot), get the page, take the lock that
-//! [`Invalidate::invalidate`] takes, ask [`must_retry`](AddressSpace::must_retry), and only if the answer is no, map.
+//! [`Invalidate::invalidate`] takes, ask [`must_retry_range`](AddressSpace::must_retry_range), and only if the answer is no, map.
 //!
 //! Why that is enough: an invalidation is counted before `invalidate` runs and until the host's page tables have changed. If the
 //! fault path holds the lock before `invalidate` does, the new mapping is found and removed there. If it gets the lock
@@ -140,14 +140,8 @@ impl<T: Invalidate> AddressSpace<T> {
         InvalidateSeq(self.seq.load(Ordering::Acquire))
     }
 
-    /// Whether the page of `hva`, looked up after `seq` was taken, may be gone by now. To be asked under the lock that
+    /// Whether a page of a range, looked up after `seq` was taken, may be gone by now. To be asked under the lock that
     /// `invalidate` takes.
-    #[inline]
-    pub fn must_retry(&self, seq: InvalidateSeq, hva: Hva) -> bool {
-        self.must_retry_range(seq, hva, Hva(hva.0.saturating_add(1)))
-    }
-
-    /// [`must_retry`](Self::must_retry) for any page of a range.
     #[inline]
     pub fn must_retry_range(&self, seq: InvalidateSeq, start: Hva, end: Hva) -> bool {
         // The count first: an invalidation that is over by then has raised the sequence number before.
@@ -400,7 +394,7 @@ impl HostPage {
         self.writable
     }
 
-    /// The largest size at which the host maps it. Good only as long as `must_retry` says no.
+    /// The largest size at which the host maps it. Good only as long as `must_retry_range` says no.
     #[inline]
     pub fn level(&self) -> Level {
         self.level
@@ -446,10 +440,4 @@ impl HostPages {
     pub fn addresses(&self) -> &[Option<Hpa>] {
         self.frames.get(..self.count).unwrap_or_default()
     }
-}
-
-/// Tells the current process, by SIGBUS, that the page at `hva` is broken.
-pub fn send_hwpoison(hva: Hva) {
-    // SAFETY: `current` is valid.
-    unsafe { own::krab_send_hwpoison(hva.0 as *mut c_void) };
 }

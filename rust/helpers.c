@@ -134,11 +134,6 @@ void krab_put_used_page(struct page *page, bool dirty)
 	put_page(page);
 }
 
-void krab_send_hwpoison(void *address)
-{
-	send_sig_mceerr(BUS_MCEERR_AR, (void __user *)address, PAGE_SHIFT, current);
-}
-
 /* task.rs */
 
 void krab_cond_resched(void)
@@ -187,8 +182,6 @@ void krab_read_clocks(struct krab_clocks *clocks)
 	ktime_get_snapshot_id(CLOCK_BOOTTIME, &now);
 	clocks->tsc = now.cycles;
 	clocks->has_tsc = now.valid && now.cs_id == CSID_X86_TSC;
-	clocks->boot_ns = now.systime;
-	clocks->raw_ns = now.monoraw;
 	clocks->real_ns = ktime_sub(now.systime, ktime_mono_to_any(0, TK_OFFS_BOOT)) + ktime_mono_to_any(0, TK_OFFS_REAL);
 }
 

@@ -41,7 +41,6 @@ void krab_put_page(struct page *page);
 
 /* guest_mem.rs */
 void krab_put_used_page(struct page *page, bool dirty);
-void krab_send_hwpoison(void *address);
 
 /* task.rs */
 int xfer_to_guest_mode_handle_work(void);
@@ -63,8 +62,6 @@ int unregister_reboot_notifier(struct notifier_block *block);
 /* timer.rs */
 struct krab_clocks {
 	u64 tsc;
-	u64 boot_ns;
-	u64 raw_ns;
 	u64 real_ns;
 	bool has_tsc;
 };

@@ -121,7 +121,6 @@ pub struct TablePages {
     stock: Chain,
     retired: Chain,
     live: *mut bindings::page,
-    live_count: usize,
     tag: usize,
     first: u64,
     last: u64,
@@ -141,7 +140,6 @@ impl TablePages {
             stock: Chain::EMPTY,
             retired: Chain::EMPTY,
             live: ptr::null_mut(),
-            live_count: 0,
             tag,
             first: u64::MAX,
             last: 0,
@@ -152,11 +150,6 @@ impl TablePages {
     #[inline]
     pub fn short_of(&self, want: usize) -> usize {
         want.saturating_sub(self.stock.count)
-    }
-
-    /// Tables in use.
-    pub fn live(&self) -> usize {
-        self.live_count
     }
 
     /// Moves pages into the stock.
@@ -217,7 +210,6 @@ impl TablePages {
                 }
             }
         }
-        self.live_count = self.live_count.saturating_sub(1);
     }
 }
 
@@ -260,7 +252,6 @@ impl Tables for TablePages {
                 (*links(after.cast())).prev = page.cast();
             }
         }
-        self.live_count += 1;
         Some(page_to_hpa(page))
     }
 

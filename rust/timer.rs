@@ -70,12 +70,6 @@ impl<T: TimerTarget> Timer<T> {
         unsafe { bindings::hrtimer_cancel(self.timer.get()) != 0 }
     }
 
-    /// What the timer calls.
-    #[inline]
-    pub fn target(&self) -> &T {
-        &self.target
-    }
-
     unsafe extern "C" fn callback(timer: *mut bindings::hrtimer) -> bindings::hrtimer_restart {
         let field = Opaque::cast_from(timer);
         // SAFETY: by the type invariant the callback only runs while the value lives.
@@ -100,12 +94,6 @@ impl<T: TimerTarget> PinnedDrop for Timer<T> {
 pub fn now_ns() -> u64 {
     // SAFETY: always allowed.
     unsafe { bindings::ktime_get() as u64 }
-}
-
-/// CLOCK_BOOTTIME.
-pub fn boot_ns() -> u64 {
-    // SAFETY: always allowed.
-    unsafe { bindings::ktime_get_with_offset(bindings::tk_offsets_TK_OFFS_BOOT) as u64 }
 }
 
 /// CLOCK_REALTIME.
@@ -134,10 +122,6 @@ pub fn tsc_khz() -> u32 {
 pub struct Instant {
     /// The host's TSC, if the kernel keeps time by it.
     pub tsc: Option<u64>,
-    /// CLOCK_BOOTTIME.
-    pub boot_ns: u64,
-    /// CLOCK_MONOTONIC_RAW.
-    pub raw_ns: u64,
     /// CLOCK_REALTIME.
     pub real_ns: u64,
 }
@@ -149,8 +133,6 @@ pub fn instant() -> Instant {
     unsafe { own::krab_read_clocks(&mut clocks) };
     Instant {
         tsc: clocks.has_tsc.then_some(clocks.tsc),
-        boot_ns: clocks.boot_ns,
-        raw_ns: clocks.raw_ns,
         real_ns: clocks.real_ns,
     }
 }

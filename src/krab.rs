@@ -4,10 +4,10 @@
 use kernel::prelude::*;
 
 #[path = "../rust/mod.rs"]
-#[allow(dead_code)]
 mod glue;
 
-// The pure rooms, by the same names as in the host crate (lib.rs).
+// The pure rooms, by the same names as in the host crate (lib.rs). They state whole interfaces: tables that only the host's tests
+// read, published numbers, what Intel's room will need.
 #[allow(dead_code, unused_imports)]
 mod abi;
 #[allow(dead_code, unused_imports)]

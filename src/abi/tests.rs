@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The tables against Linux's names and against `uapi/README.md`, and the safety of reading untrusted bytes.
+#![forbid(unsafe_code)]
 
 use super::cap::{check_extension, Limits, CAPABILITIES};
 use super::ioctl::{argument_bytes, Scope, State, FOREIGN_IOCTLS, IOCTLS};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The filter and the table over CPUs made up for the purpose: one like AMD's Zen 4, one like Intel's Ice Lake.
+#![forbid(unsafe_code)]
 
 use super::cpuid::{is_indexed, supported, xsave_bytes, HostFeatures, TooSmall, PV_FEATURES};
 use super::cpuid_table::{BadTable, CpuidTable, Dynamic};

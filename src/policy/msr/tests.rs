@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
+#![forbid(unsafe_code)]
+
 use super::*;
 use crate::arch::cpuid::Vendor;
 use crate::policy::cpuid::PV_FEATURES;
