@@ -8,10 +8,7 @@ use core::marker::PhantomData;
 use kernel::prelude::*;
 
 use super::{bindings, cpu};
-use crate::arch::{
-    cr::xcr0,
-    msr,
-};
+use crate::arch::{cr::xcr0, msr};
 
 /// The largest XSAVE image, in bytes, that a guest's area holds.
 pub(crate) const AREA_BYTES: usize = 4096 * 3;
@@ -126,7 +123,10 @@ impl GuestFpu {
             return 0;
         }
         let at = cpu::cpuid(0xD, 9)[1] as usize;
-        self.area.0.get(at..at + 4).map_or(0, |bytes| bytes.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
+        self.area
+            .0
+            .get(at..at + 4)
+            .map_or(0, |bytes| bytes.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
     }
 
     /// XSTATE_BV of the image.

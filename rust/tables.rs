@@ -136,14 +136,7 @@ impl TablePages {
         // The low bits make a chance match with a pointer or a small number impossible.
         let tag = NEXT_TAG.fetch_add(1, Ordering::Relaxed).wrapping_mul(4).wrapping_add(0x6b72_6162_0000_0003) as usize;
         // INVARIANT: no pages at all.
-        Self {
-            stock: Chain::EMPTY,
-            retired: Chain::EMPTY,
-            live: ptr::null_mut(),
-            tag,
-            first: u64::MAX,
-            last: 0,
-        }
+        Self { stock: Chain::EMPTY, retired: Chain::EMPTY, live: ptr::null_mut(), tag, first: u64::MAX, last: 0 }
     }
 
     /// How many pages are missing to have `want` in stock.

@@ -131,8 +131,5 @@ pub fn instant() -> Instant {
     let mut clocks = own::krab_clocks::default();
     // SAFETY: `clocks` is valid for writing.
     unsafe { own::krab_read_clocks(&mut clocks) };
-    Instant {
-        tsc: clocks.has_tsc.then_some(clocks.tsc),
-        real_ns: clocks.real_ns,
-    }
+    Instant { tsc: clocks.has_tsc.then_some(clocks.tsc), real_ns: clocks.real_ns }
 }

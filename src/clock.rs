@@ -52,8 +52,7 @@ impl VmClock {
     /// Shows 0 now. The guest's TSC is 0 now, too.
     pub(crate) fn new() -> impl PinInit<Self> {
         let tsc = timer::tsc();
-        let clock =
-            Clock { base_tsc: tsc, base_ns: 0, written: 0, written_at: tsc, offset: tsc.wrapping_neg() };
+        let clock = Clock { base_tsc: tsc, base_ns: 0, written: 0, written_at: tsc, offset: tsc.wrapping_neg() };
         pin_init!(Self { state <- new_irq_spinlock!(clock, "krab::clock") })
     }
 

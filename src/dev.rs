@@ -83,7 +83,10 @@ impl<V: Vendor> Host<V> {
             xsave: xcr0 != 0,
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
         };
-        Ok(Arc::new(Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, msr_config, limits }, GFP_KERNEL)?)
+        Ok(Arc::new(
+            Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, msr_config, limits },
+            GFP_KERNEL,
+        )?)
     }
 
     /// Bytes of a whole XSAVE image.

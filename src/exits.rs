@@ -38,15 +38,32 @@ pub(crate) enum Handled {
 
 /// What userspace is told.
 pub(crate) enum ToUser {
-    Port { input: bool, size_bytes: u8, port: u16, count: u16 },
-    Mmio { gpa: Gpa, data: [u8; 8], len: u8, write: bool },
+    Port {
+        input: bool,
+        size_bytes: u8,
+        port: u16,
+        count: u16,
+    },
+    Mmio {
+        gpa: Gpa,
+        data: [u8; 8],
+        len: u8,
+        write: bool,
+    },
     Halt,
     Shutdown,
     InterruptWindow,
-    FailEntry { reason: u64 },
+    FailEntry {
+        reason: u64,
+    },
     /// KVM_INTERNAL_ERROR_EMULATION with the bytes of the instruction.
-    Emulation { bytes: [u8; 15], len: u8 },
-    UnexpectedExit { reason: u64 },
+    Emulation {
+        bytes: [u8; 15],
+        len: u8,
+    },
+    UnexpectedExit {
+        reason: u64,
+    },
 }
 
 impl ToUser {
@@ -60,8 +77,7 @@ impl ToUser {
                 KVM_EXIT_IO
             }
             Self::Mmio { gpa, data, len, write } => {
-                let mmio =
-                    ExitMmio { phys_addr: gpa.0, data, len: len.into(), is_write: u8::from(write), pad: [0; 3] };
+                let mmio = ExitMmio { phys_addr: gpa.0, data, len: len.into(), is_write: u8::from(write), pad: [0; 3] };
                 run.write(EXIT_UNION, &mmio);
                 KVM_EXIT_MMIO
             }
@@ -91,11 +107,7 @@ impl ToUser {
             Self::UnexpectedExit { reason } => {
                 let mut data = [0; 16];
                 data[0] = reason;
-                let error = ExitInternalError {
-                    suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
-                    ndata: 1,
-                    data,
-                };
+                let error = ExitInternalError { suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, ndata: 1, data };
                 run.write(EXIT_UNION, &error);
                 KVM_EXIT_INTERNAL_ERROR
             }
@@ -305,12 +317,7 @@ impl<V: Vendor> State<V> {
 
     pub(crate) fn handle_cpuid(&mut self, vm: &Vm<V>, xcr0: u64, may_sleep: bool) -> Result<(), NotNow> {
         self.skip(vm, Intercepted::Cpuid, may_sleep)?;
-        let dynamic = Dynamic {
-            cr4: self.hw.cr4(),
-            apic_enabled: self.apic_base() & 1 << 11 != 0,
-            xcr0,
-            xss: 0,
-        };
+        let dynamic = Dynamic { cr4: self.hw.cr4(), apic_enabled: self.apic_base() & 1 << 11 != 0, xcr0, xss: 0 };
         let [eax, ebx, ecx, edx] =
             self.cpuid.query(self.gpr(Gpr::Rax) as u32, self.gpr(Gpr::Rcx) as u32, &dynamic).map(u64::from);
         self.set_gpr(Gpr::Rax, eax);

@@ -12,8 +12,9 @@ use kernel::{
 
 use crate::{
     abi::irq::{
-        KvmIoapicState, KvmIoeventfd, KvmIrqRouting, KvmIrqRoutingEntry, KvmPicState, KvmPitState2, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KVM_IOEVENTFD_FLAG_DATAMATCH,
-        KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IOEVENTFD_FLAG_PIO, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
+        KvmIoapicState, KvmIoeventfd, KvmIrqRouting, KvmIrqRoutingEntry, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPicState,
+        KvmPitConfig, KvmPitState2, KVM_IOEVENTFD_FLAG_DATAMATCH, KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IOEVENTFD_FLAG_PIO,
+        KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
     },
     arch::{Gpa, Hva},
     glue::{
@@ -644,7 +645,9 @@ impl Irq {
 
     /// KVM_IRQFD.
     pub(crate) fn irqfd(&self, request: &KvmIrqfd) -> Result {
-        if request.flags & !(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE) != 0 || request.gsi as usize >= MAX_ROUTES {
+        if request.flags & !(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE) != 0
+            || request.gsi as usize >= MAX_ROUTES
+        {
             return Err(EINVAL);
         }
         let fd = request.fd as i32;

@@ -196,10 +196,11 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         };
         let _update = self.update.lock();
         let old = self.space.slots.read();
-        let change = slots::plan(&old, &request, &slots::Limits { end: END, user_end: USER_END }).map_err(|e| match e {
-            SlotError::Invalid => EINVAL,
-            SlotError::Overlap => EEXIST,
-        })?;
+        let change =
+            slots::plan(&old, &request, &slots::Limits { end: END, user_end: USER_END }).map_err(|e| match e {
+                SlotError::Invalid => EINVAL,
+                SlotError::Overlap => EEXIST,
+            })?;
         let mut new = Slots::with_capacity(old.len() + 1, GFP_KERNEL_ACCOUNT)?;
         for slot in old.iter() {
             new.push(slot.clone(), GFP_KERNEL_ACCOUNT)?;
@@ -441,7 +442,11 @@ impl View<'_> {
     }
 
     /// Calls `f` for each part of the range that lies in one page.
-    fn pages(mut gpa: Gpa, mut len: usize, mut f: impl FnMut(Gpa, usize, usize) -> Result<(), Refused>) -> Result<(), Refused> {
+    fn pages(
+        mut gpa: Gpa,
+        mut len: usize,
+        mut f: impl FnMut(Gpa, usize, usize) -> Result<(), Refused>,
+    ) -> Result<(), Refused> {
         let mut done = 0;
         while len > 0 {
             let part = len.min((4096 - gpa.page_offset()) as usize);

@@ -64,7 +64,12 @@ impl<V: Vendor> State<V> {
         Ok(())
     }
 
-    fn policy<R>(&mut self, vm: &Vm<V>, by: By, f: impl FnOnce(&mut crate::policy::msr::MsrState, &Context<'_>) -> R) -> R {
+    fn policy<R>(
+        &mut self,
+        vm: &Vm<V>,
+        by: By,
+        f: impl FnOnce(&mut crate::policy::msr::MsrState, &Context<'_>) -> R,
+    ) -> R {
         let context = Context {
             config: &vm.host.msr_config,
             caps: &self.caps,

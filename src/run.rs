@@ -205,7 +205,9 @@ impl<V: Vendor> Vcpu<V> {
                     exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
                         // An exit in the middle of an event's delivery comes before any host interrupt. If it leads to the next
                         // such delivery, as #AC and #DB can without end, nothing but this lets the host have its turn.
-                        Handled::Resume if state.events.unfinished.is_some() || state.events.exception.is_some() => break,
+                        Handled::Resume if state.events.unfinished.is_some() || state.events.exception.is_some() => {
+                            break
+                        }
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),
@@ -219,10 +221,7 @@ impl<V: Vendor> Vcpu<V> {
 impl<V: Vendor> State<V> {
     /// Whether the guest could take an external interrupt now.
     fn readiness(&self) -> Readiness {
-        Readiness {
-            interrupts_enabled: self.regs.rflags & rflags::IF != 0,
-            shadow: self.hw.interrupt_shadow(),
-        }
+        Readiness { interrupts_enabled: self.regs.rflags & rflags::IF != 0, shadow: self.hw.interrupt_shadow() }
     }
 
     /// CR8 as the guest would read it.

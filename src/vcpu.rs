@@ -35,8 +35,8 @@ use crate::{
     },
     guest::{queue::EventQueue, Regs},
     irqchip::{
-        dest::{for_each_target, Cards, CardCell, Origin},
-        lapic::{Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset, regs::BASE_BSP},
+        dest::{for_each_target, CardCell, Cards, Origin},
+        lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
         Message,
     },
     new_killable_mutex,
@@ -183,11 +183,15 @@ impl MpState {
 pub(crate) enum Pending {
     Nothing,
     /// IN: the value goes to the accumulator.
-    PortIn { size_bytes: u8 },
+    PortIn {
+        size_bytes: u8,
+    },
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead { len: u8 },
+    MmioRead {
+        len: u8,
+    },
     /// The emulator has more to do.
     Emulation,
 }
@@ -298,7 +302,8 @@ impl<V: Vendor> Vcpu<V> {
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
             card.publish(lapic.card());
         }
-        let core = Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None, sipi_vector: 0 };
+        let core =
+            Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None, sipi_vector: 0 };
         Ok(Arc::pin_init(
             try_pin_init!(Self { vm, peer, run, data, core <- new_killable_mutex!(core, "krab::vcpu") }),
             GFP_KERNEL_ACCOUNT,

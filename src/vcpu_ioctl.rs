@@ -55,8 +55,10 @@ impl<V: Vendor> Vcpu<V> {
             KVM_SET_FPU => with(at, |fpu: KvmFpu| core.set_fpu(&fpu)),
             KVM_TRANSLATE => {
                 let asked: KvmTranslation = user::read(at)?;
-                let found = walk::translate(&vm.memory.view(true), &core.state.walk_context(0), Gva(asked.linear_address));
-                let mut answer = KvmTranslation { linear_address: asked.linear_address, ..KvmTranslation::new_zeroed() };
+                let found =
+                    walk::translate(&vm.memory.view(true), &core.state.walk_context(0), Gva(asked.linear_address));
+                let mut answer =
+                    KvmTranslation { linear_address: asked.linear_address, ..KvmTranslation::new_zeroed() };
                 answer.physical_address = u64::MAX;
                 if let Ok(found) = found {
                     answer.physical_address = found.gpa.0;
@@ -301,7 +303,8 @@ impl<V: Vendor> Core<V> {
         let mut fpu = KvmFpu::new_zeroed();
         let image = self.fpu.image();
         let half = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
-        let word = |at: usize| image.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
+        let word =
+            |at: usize| image.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
         fpu.fcw = half(0);
         fpu.fsw = half(2);
         fpu.ftwx = image[4];

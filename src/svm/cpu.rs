@@ -68,7 +68,9 @@ impl Svm {
     pub(crate) fn probe() -> Result<Arc<Self>> {
         let features = cpu::host_features();
         if !features.svm {
-            pr_err!("this CPU has no SVM (or its hypervisor does not offer it): Krab needs AMD SVM with nested paging\n");
+            pr_err!(
+                "this CPU has no SVM (or its hypervisor does not offer it): Krab needs AMD SVM with nested paging\n"
+            );
             return Err(ENODEV);
         }
         if cpu::read_msr(msr::VM_CR).unwrap_or(0) & VM_CR_SVMDIS != 0 {
@@ -198,4 +200,3 @@ fn pass_through(map: &mut [u8], msr: u32) {
         *byte &= !(3 << (index % 4 * 2));
     }
 }
-

@@ -160,8 +160,7 @@ impl VendorVcpu for SvmVcpu {
         // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
         let caching = if init { self.guest_cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
         let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
-        let code =
-            Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
+        let code = Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
         self.set_system_regs(&SystemRegs {
             segments: [data, code, data, data, data, data],
             ldtr: Segment { attributes: SegmentAttributes(0x82), ..data },
