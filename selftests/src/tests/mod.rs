@@ -10,6 +10,7 @@ pub mod long_mode;
 pub mod memory;
 pub mod mmio;
 pub mod real_mode;
+pub mod safety;
 
 pub const GROUPS: &[Group] =
-    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP];
+    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP, safety::GROUP];
