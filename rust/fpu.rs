@@ -183,14 +183,8 @@ impl GuestFpu {
             host
         });
         if self.breakpoints_enabled {
-            // SAFETY: the host's own breakpoints are off first: DR7 must not enable them at the guest's addresses, which may be the
-            // kernel's. The drop restores all of it.
-            unsafe {
-                if bindings::krab_host_dr7() != 0 {
-                    bindings::krab_write_dr7(0);
-                }
-                bindings::krab_swap_debug_registers(self.breakpoints.as_mut_ptr());
-            }
+            // SAFETY: DR7 enables the host's own in the kernel only around hardware breakpoints, restored by the drop.
+            unsafe { bindings::krab_swap_debug_registers(self.breakpoints.as_mut_ptr()) };
         }
         Window { fpu: self, host_pkru, host_tsc_aux, not_send: PhantomData }
     }

@@ -38,8 +38,9 @@ use crate::{
 
 const DEVICE: Origin = Origin::Device { ff_is_everybody: true };
 const RULES: RouteRules = RouteRules { split_irqchip: false, wide_ids: false };
-/// Most ioeventfds of a VM, as in KVM.
-const MAX_IOEVENTS: usize = 1000;
+/// Most ioeventfds of a VM: they are searched one by one, and one eventfd serves any number of them. Many more than a machine with a
+/// hundred devices of many queues has.
+const MAX_IOEVENTS: usize = 4096;
 /// The PIT's interrupt.
 const PIT_GSI: u32 = 0;
 

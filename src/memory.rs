@@ -325,12 +325,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 continue;
             }
             if self.space.must_retry_range(seq, hva, hva.wrapping_add(4096 * (AROUND as u64 + 1))) {
-                drop(nested);
-                if !may_sleep {
-                    return Ok(Fault::Sleep);
-                }
-                crate::glue::task::cond_resched();
-                continue;
+                // The guest faults again: on the way there signals get their turn, and whoever changes the slots.
+                return Ok(Fault::Sleep);
             }
             let level = table.fault_level(limit, fault.execute);
             let mapped = table.map(pages, gfn, page.hpa(), level, prot).map_err(|error| match error {

@@ -53,7 +53,6 @@ pub(super) fn decode(control: &Control, decode_assists: bool, irqs: &IrqsOff) ->
         code::MONITOR => Exit::Monitor,
         code::MWAIT | code::MWAIT_ARMED => Exit::Mwait,
         code::SHUTDOWN => Exit::Shutdown,
-        code::INVALID => Exit::EntryFailure { reason: control.exit_code },
         number @ code::CR_READ..=0x1F => Exit::ControlRegister(RegisterMove {
             register: number as u8 & 0xF,
             write: number >= code::CR_WRITE,

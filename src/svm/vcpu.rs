@@ -538,6 +538,11 @@ impl VendorVcpu for SvmVcpu {
         save.rflags = regs.rflags;
         let host = self.host.host_area(irqs);
         let entered = insn::enter(regs, &mut self.vmcb, host, self.spec_ctrl, window, irqs);
+        if self.vmcb.control.exit_code == exit_code::INVALID {
+            // What a refused entry leaves in the save area is undefined; an emulated CPU puts host state there.
+            self.reset(true);
+            return Exit::EntryFailure { reason: exit_code::INVALID };
+        }
         let save = &self.vmcb.save;
         regs.gpr[Gpr::Rax as usize] = save.rax;
         regs.gpr[Gpr::Rsp as usize] = save.rsp;

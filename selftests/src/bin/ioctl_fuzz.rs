@@ -28,6 +28,8 @@ const EPOCH_CALLS: u64 = 20_000;
 const ARENA: usize = 16 << 20;
 /// A child that makes no progress for so long is killed.
 const STALL_SECS: u64 = 30;
+/// A child that makes no progress for so long gets signals, where interrupts may be lost.
+const NUDGE_NS: u64 = 100_000_000;
 
 struct Args {
     calls: u64,
@@ -87,6 +89,9 @@ fn fuzz(a: &Args) -> i32 {
     };
     let mut kmsg = Kmsg::new();
     println!("# seed {}", a.seed);
+    if tcg() {
+        keep_to(|cpu, count| count < 3 || cpu == count - 1);
+    }
     let start = now_ns();
     let seconds = || (now_ns() - start) / 1_000_000_000;
     let (mut epoch, mut crashes, mut stalls, mut warnings) = (a.epoch.unwrap_or(0), 0, 0, 0);
@@ -156,11 +161,15 @@ fn run_epoch(a: &Args, epoch: u64, shared: &'static Shared) -> End {
             limit(libc::RLIMIT_AS, 512 << 20);
             limit(libc::RLIMIT_FSIZE, 0);
         }
+        sys::arm_kick_signal();
+        if tcg() {
+            keep_to(|cpu, count| count < 3 || cpu != count - 1);
+        }
         child(a, epoch, shared);
         // SAFETY: the end of this process.
         unsafe { libc::_exit(0) };
     }
-    let (mut last, mut since) = (u64::MAX, now_ns());
+    let (mut last, mut since, mut nudged) = (u64::MAX, now_ns(), 0);
     let mut status = 0;
     loop {
         // SAFETY: plain system call on our child.
@@ -170,6 +179,9 @@ fn run_epoch(a: &Args, epoch: u64, shared: &'static Shared) -> End {
         let calls = shared.calls.load(Ordering::Relaxed);
         if calls != last {
             (last, since) = (calls, now_ns());
+        } else if tcg() && now_ns() - since > NUDGE_NS && nudged != now_ns() / NUDGE_NS {
+            nudged = now_ns() / NUDGE_NS;
+            nudge(pid);
         } else if now_ns() - since > STALL_SECS * 1_000_000_000 {
             // SAFETY: our own child.
             unsafe { libc::kill(pid, libc::SIGKILL) };
@@ -177,6 +189,27 @@ fn run_epoch(a: &Args, epoch: u64, shared: &'static Shared) -> End {
             return End::Stalled;
         }
         std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// Binds this process to the CPUs that `wanted` names, given a number and how many there are.
+fn keep_to(wanted: impl Fn(usize, usize) -> bool) {
+    // SAFETY: plain data and system calls.
+    unsafe {
+        let count = libc::sysconf(libc::_SC_NPROCESSORS_ONLN).clamp(1, 1024) as usize;
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        (0..count).filter(|&cpu| wanted(cpu, count)).for_each(|cpu| libc::CPU_SET(cpu, &mut set));
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+    }
+}
+
+/// Interrupts the CPUs on which threads of the child run, by signals. QEMU's TCG (10.0) loses an interrupt now and then when it comes
+/// in the middle of a VMRUN or #VMEXIT, and then a CPU without other interrupts stays in its guest for good.
+fn nudge(pid: i32) {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let tid: i64 = task.file_name().to_str().and_then(|name| name.parse().ok()).unwrap_or(0);
+        // SAFETY: a signal to a thread of our own child, which handles it by doing nothing.
+        unsafe { libc::syscall(libc::SYS_tgkill, pid as i64, tid, libc::SIGUSR1 as i64) };
     }
 }
 

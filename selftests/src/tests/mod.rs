@@ -30,3 +30,6 @@ pub const GROUPS: &[Group] = &[
     windows::GROUP,
     stress::GROUP,
 ];
+pub mod safety;
+pub const GROUPS: &[Group] =
+    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP, safety::GROUP];
