@@ -12,6 +12,7 @@ pub mod long_mode;
 pub mod memory;
 pub mod mmio;
 pub mod real_mode;
+pub mod safety;
 pub mod state;
 pub mod stress;
 pub mod windows;
@@ -29,7 +30,5 @@ pub const GROUPS: &[Group] = &[
     irqchip::GROUP,
     windows::GROUP,
     stress::GROUP,
+    safety::GROUP,
 ];
-pub mod safety;
-pub const GROUPS: &[Group] =
-    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP, safety::GROUP];
