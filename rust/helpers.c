@@ -139,13 +139,6 @@ void krab_send_hwpoison(void *address)
 	send_sig_mceerr(BUS_MCEERR_AR, (void __user *)address, PAGE_SHIFT, current);
 }
 
-/* task.rs */
-
-void krab_cond_resched(void)
-{
-	cond_resched();
-}
-
 /* kick.rs */
 
 void krab_prepare_to_wait(struct rcuwait *waiter)

@@ -45,7 +45,6 @@ void krab_send_hwpoison(void *address);
 
 /* task.rs */
 int xfer_to_guest_mode_handle_work(void);
-void krab_cond_resched(void);
 
 /* kick.rs */
 void krab_prepare_to_wait(struct rcuwait *waiter);

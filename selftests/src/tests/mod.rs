@@ -12,5 +12,13 @@ pub mod mmio;
 pub mod real_mode;
 pub mod safety;
 
-pub const GROUPS: &[Group] =
-    &[api::GROUP, real_mode::GROUP, long_mode::GROUP, mmio::GROUP, host_state::GROUP, memory::GROUP, irqchip::GROUP, safety::GROUP];
+pub const GROUPS: &[Group] = &[
+    api::GROUP,
+    real_mode::GROUP,
+    long_mode::GROUP,
+    mmio::GROUP,
+    host_state::GROUP,
+    memory::GROUP,
+    irqchip::GROUP,
+    safety::GROUP,
+];
