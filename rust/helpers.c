@@ -134,13 +134,6 @@ void krab_put_used_page(struct page *page, bool dirty)
 	put_page(page);
 }
 
-/* task.rs */
-
-void krab_cond_resched(void)
-{
-	cond_resched();
-}
-
 /* kick.rs */
 
 void krab_prepare_to_wait(struct rcuwait *waiter)

@@ -44,7 +44,6 @@ void krab_put_used_page(struct page *page, bool dirty);
 
 /* task.rs */
 int xfer_to_guest_mode_handle_work(void);
-void krab_cond_resched(void);
 
 /* kick.rs */
 void krab_prepare_to_wait(struct rcuwait *waiter);

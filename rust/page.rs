@@ -32,7 +32,7 @@ pub(super) fn page_to_hpa(page: *const bindings::page) -> Hpa {
     // SAFETY: set once at boot.
     let base = unsafe { bindings::vmemmap_base };
     let frame = (page as usize).wrapping_sub(base) / size_of::<bindings::page>();
-    Hpa((frame * PAGE_SIZE) as u64)
+    Hpa(frame.wrapping_mul(PAGE_SIZE) as u64)
 }
 
 /// An integer that the memory bus moves at once.

@@ -56,7 +56,7 @@ impl Chain {
         // SAFETY: owned by the caller.
         unsafe { (*links(page)).next = self.head.cast() };
         self.head = page;
-        self.count += 1;
+        self.count = self.count.wrapping_add(1);
     }
 
     /// A page that is the caller's from now on.
@@ -67,7 +67,7 @@ impl Chain {
         }
         // SAFETY: the chain owns its pages.
         self.head = unsafe { (*links(page)).next }.cast();
-        self.count -= 1;
+        self.count = self.count.wrapping_sub(1);
         Some(page)
     }
 }

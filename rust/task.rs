@@ -35,7 +35,6 @@ const WORK: usize = bit(bindings::TIF_NOTIFY_RESUME)
     | bit(bindings::TIF_NEED_RESCHED)
     | bit(bindings::TIF_NEED_RESCHED_LAZY);
 const SIGNAL: usize = bit(bindings::TIF_SIGPENDING) | bit(bindings::TIF_NOTIFY_SIGNAL);
-const RESCHED: usize = bit(bindings::TIF_NEED_RESCHED) | bit(bindings::TIF_NEED_RESCHED_LAZY);
 
 /// Whether a signal, a reschedule or other work must be looked after before guest code may run: to be asked last, with
 /// interrupts off.
@@ -50,27 +49,12 @@ pub fn signal_pending() -> bool {
     thread_flags() & SIGNAL != 0
 }
 
-/// Whether another task should run.
-#[inline(always)]
-pub fn need_resched() -> bool {
-    thread_flags() & RESCHED != 0
-}
-
 /// Looks after what [`work_pending`] found: reschedules, runs task work. EINTR when a signal is pending. Process context with
 /// interrupts and preemption on.
 #[cold]
 pub fn handle_work() -> Result {
     // SAFETY: process context; no guard that forbids sleeping can be checked here, as for every function that sleeps.
     kernel::error::to_result(unsafe { own::xfer_to_guest_mode_handle_work() })
-}
-
-/// Gives other tasks a chance if it is their turn. May sleep.
-#[inline]
-pub fn cond_resched() {
-    if need_resched() {
-        // SAFETY: as above.
-        unsafe { own::krab_cond_resched() };
-    }
 }
 
 /// Whether this CPU has softirqs to run, which interrupts-on would do.

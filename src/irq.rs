@@ -743,7 +743,7 @@ impl Irq {
         };
         let same_place = |old: &Ioevent| old.pio == new.pio && old.address == new.address && old.len == new.len;
         let old = self.ioevents.read();
-        let mut all = KVVec::with_capacity(old.len() + 1, GFP_KERNEL_ACCOUNT)?;
+        let mut all = KVVec::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
         if request.flags & KVM_IOEVENTFD_FLAG_DEASSIGN != 0 {
             let is_it = |event: &Ioevent| {
                 same_place(event) && event.data_match == new.data_match && event.eventfd.is_same(&new.eventfd)

@@ -201,7 +201,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 SlotError::Invalid => EINVAL,
                 SlotError::Overlap => EEXIST,
             })?;
-        let mut new = Slots::with_capacity(old.len() + 1, GFP_KERNEL_ACCOUNT)?;
+        let mut new = Slots::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
         for slot in old.iter() {
             new.push(slot.clone(), GFP_KERNEL_ACCOUNT)?;
         }
@@ -239,8 +239,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let part = PROTECT_PAGES.min(slot.pages - done);
                 let mut nested = self.space.nested.lock();
                 let Nested { table, pages } = &mut *nested;
-                flush |= table.write_protect_range(pages, Gfn(slot.base.0 + done), part);
-                done += part;
+                flush |= table.write_protect_range(pages, Gfn(slot.base.0.wrapping_add(done)), part);
+                done = done.wrapping_add(part);
             }
             if flush {
                 self.space.peers.flush_tlbs();
@@ -267,11 +267,11 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             let Nested { table, pages } = &mut *nested;
             let chunk = out.get_mut(..count).ok_or(EINVAL)?;
             log.take(first as u64, chunk, |page, mask| {
-                flush |= table.write_protect_mask(pages, Gfn(slot.base.0 + page), mask);
+                flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
             });
             drop(nested);
-            written = user::write(Hva(request.dirty_bitmap).wrapping_add(first as u64 * 8), &*chunk);
-            first += count;
+            written = user::write(Hva(request.dirty_bitmap).wrapping_add((first as u64).wrapping_mul(8)), &*chunk);
+            first = first.wrapping_add(count);
         }
         if flush {
             self.space.peers.flush_tlbs();
@@ -448,7 +448,7 @@ impl View<'_> {
             let part = len.min((4096 - gpa.page_offset()) as usize);
             f(gpa, done, part)?;
             gpa = gpa.checked_add(part as u64).ok_or(Refused::NotRam)?;
-            done += part;
+            done = done.wrapping_add(part);
             len -= part;
         }
         Ok(())
@@ -483,7 +483,7 @@ impl GuestMem for View<'_> {
     fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Refused> {
         Self::pages(gpa, bytes.len(), |gpa, done, part| {
             let (_, hva) = self.place(gpa, false)?;
-            let into = bytes.get_mut(done..done + part).ok_or(Refused::NotRam)?;
+            let into = bytes.get_mut(done..done.wrapping_add(part)).ok_or(Refused::NotRam)?;
             let read = if self.may_sleep { user::read_bytes(hva, into) } else { user::read_bytes_nofault(hva, into) };
             read.map_err(|_| self.refused())
         })
@@ -492,7 +492,7 @@ impl GuestMem for View<'_> {
     fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Refused> {
         Self::pages(gpa, bytes.len(), |gpa, done, part| {
             let (slot, hva) = self.place(gpa, true)?;
-            let from = bytes.get(done..done + part).ok_or(Refused::NotRam)?;
+            let from = bytes.get(done..done.wrapping_add(part)).ok_or(Refused::NotRam)?;
             let written =
                 if self.may_sleep { user::write_bytes(hva, from) } else { user::write_bytes_nofault(hva, from) };
             written.map_err(|_| self.refused())?;

@@ -205,9 +205,7 @@ impl<V: Vendor> Vcpu<V> {
                     exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
                         // An exit in the middle of an event's delivery comes before any host interrupt. If it leads to the next
                         // such delivery, as #AC and #DB can without end, nothing but this lets the host have its turn.
-                        Handled::Resume if state.events.unfinished.is_some() || state.events.exception.is_some() => {
-                            break
-                        }
+                        Handled::Resume if state.events.is_mid_delivery() => break,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),

@@ -124,7 +124,7 @@ impl Peers {
             if let Some(peer) = self.get(index) {
                 if peer.inbox.post(message) == Posted::New {
                     peer.kick.kick();
-                    new += 1;
+                    new = usize::wrapping_add(new, 1);
                 }
             }
         });

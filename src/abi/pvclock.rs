@@ -91,11 +91,11 @@ impl TscScale {
         let mut shift = 0i8;
         while ticks <= nanoseconds {
             ticks <<= 1;
-            shift += 1;
+            shift = shift.wrapping_add(1);
         }
         while nanoseconds << 1 < ticks {
             nanoseconds <<= 1;
-            shift -= 1;
+            shift = shift.wrapping_sub(1);
         }
         // nanoseconds < ticks < 2^32: neither the shift nor the quotient overflows.
         Some(Self { mul: ((nanoseconds << 32) / ticks) as u32, shift })

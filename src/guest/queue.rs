@@ -93,6 +93,12 @@ impl EventQueue {
         self.unfinished.is_none() && self.exception.is_none() && self.nmis == 0
     }
 
+    /// Whether the next entry begins with the delivery of an event that is the guest's own doing.
+    #[inline]
+    pub fn is_mid_delivery(&self) -> bool {
+        self.unfinished.is_some() || self.exception.is_some()
+    }
+
     /// What goes in at the next entry. `interrupt` acknowledges an external interrupt at its controller and is called only when it can
     /// be delivered now; `interrupt_waits` says whether there is one.
     #[inline]

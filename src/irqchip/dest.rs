@@ -304,12 +304,12 @@ pub fn for_each_target<C: Cards + ?Sized>(
     if visit_cluster(cards, message, &mut visit) {
         return (message.dest & 0xFFFF).count_ones() as usize;
     }
-    let mut visited = 0;
+    let mut visited = 0usize;
     for index in 0..cards.count() {
         let card = cards.card(index);
         if matches(card, source == Some(index), message, origin) {
             visit(index, card);
-            visited += 1;
+            visited = visited.wrapping_add(1);
         }
     }
     visited

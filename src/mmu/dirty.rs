@@ -80,7 +80,7 @@ impl<'a> DirtyBitmap<'a> {
             };
             *out = bits;
             if bits != 0 {
-                protect(n * PAGES_PER_WORD, bits);
+                protect(n.wrapping_mul(PAGES_PER_WORD), bits);
             }
         }
     }

@@ -170,7 +170,7 @@ impl<F: Format> NestedTable<F> {
     /// First frame that the tree cannot address.
     #[inline]
     pub fn end(&self) -> Gfn {
-        Gfn(span(self.depth + 1))
+        Gfn(span(self.depth.wrapping_add(1)))
     }
 
     /// The level to map a fault at: `allowed` by slot and host page, unless an instruction fetch must stay small.
@@ -392,7 +392,7 @@ impl<F: Format> NestedTable<F> {
             } else if !is_leaf::<F>(entry, depth) {
                 F::address(entry)
             } else {
-                let same = F::address(entry).0 == hpa.page_base().0 & !((span(depth) << 12) - 1);
+                let same = F::address(entry).0 == hpa.page_base().0 & !(span(depth) << 12).wrapping_sub(1);
                 if same && allows::<F>(entry, leaf) {
                     return Ok(None);
                 }
@@ -512,8 +512,8 @@ fn protect<F: Format, T: Tables>(tables: &mut T, at: Place, entry: u64) -> bool 
 /// The indices of the table at `base` that have frames in `range`, which overlaps the table.
 #[inline]
 fn indices(base: u64, depth: u32, range: (u64, u64)) -> core::ops::RangeInclusive<usize> {
-    let last = base + (span(depth + 1) - 1);
-    index_at(range.0.max(base), depth)..=index_at((range.1 - 1).min(last), depth)
+    let last = base.wrapping_add(span(depth.wrapping_add(1)).wrapping_sub(1));
+    index_at(range.0.max(base), depth)..=index_at(range.1.wrapping_sub(1).min(last), depth)
 }
 
 fn visit_leaves<F: Format, T: Tables>(
@@ -529,11 +529,11 @@ fn visit_leaves<F: Format, T: Tables>(
         if !F::present(entry) {
             continue;
         }
-        let first = base + (index as u64).wrapping_shl(shift_of(depth));
+        let first = base.wrapping_add((index as u64).wrapping_shl(shift_of(depth)));
         if is_leaf::<F>(entry, depth) {
             visit(tables, Place { table, index }, entry, (first, span(depth)));
         } else {
-            visit_leaves::<F, T>(tables, F::address(entry), depth - 1, first, range, visit);
+            visit_leaves::<F, T>(tables, F::address(entry), depth.wrapping_sub(1), first, range, visit);
         }
     }
 }
@@ -567,8 +567,8 @@ impl Zap {
             if !F::present(entry) {
                 continue;
             }
-            let first = base + (index as u64).wrapping_shl(shift_of(depth));
-            let end = first + span(depth);
+            let first = base.wrapping_add((index as u64).wrapping_shl(shift_of(depth)));
+            let end = first.wrapping_add(span(depth));
             if self.budget == 0 {
                 return Some(first);
             }
@@ -577,7 +577,7 @@ impl Zap {
                 let covered = self.start <= first && self.end >= end;
                 // A table of pages that goes whole need not be emptied first.
                 if !(covered && depth == 2) {
-                    if let Some(next) = self.table::<F, T>(tables, child, depth - 1, first) {
+                    if let Some(next) = self.table::<F, T>(tables, child, depth.wrapping_sub(1), first) {
                         return Some(next);
                     }
                     // An operation that resumed in the middle finds out the hard way whether the table is empty.
@@ -585,7 +585,7 @@ impl Zap {
                         continue;
                     }
                     if self.budget == 0 {
-                        return Some(end - 1);
+                        return Some(end.wrapping_sub(1));
                     }
                 }
                 tables.write(table, index, 0);
@@ -594,7 +594,7 @@ impl Zap {
                 tables.write(table, index, 0);
             }
             self.flush = true;
-            self.budget -= 1;
+            self.budget = self.budget.wrapping_sub(1);
         }
         None
     }

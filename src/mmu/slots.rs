@@ -78,8 +78,8 @@ impl<B> Slot<B> {
             return None;
         }
         let first = (start - self.hva.0) >> PAGE_SHIFT;
-        let last = (end - 1 - self.hva.0) >> PAGE_SHIFT;
-        Some((Gfn(self.base.0.wrapping_add(first)), last - first + 1))
+        let last = (end - 1).wrapping_sub(self.hva.0) >> PAGE_SHIFT;
+        Some((Gfn(self.base.0.wrapping_add(first)), last.wrapping_sub(first).wrapping_add(1)))
     }
 
     /// The largest page that may map `gfn`: all of it in the slot, and at the same offset in guest and host. While

@@ -65,7 +65,7 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
             // Half the slots stay free, so this ends.
             while let Some(slot) = slots.get_mut(at) {
                 if *slot == 0 {
-                    *slot = number as u16 + 1;
+                    *slot = (number as u16).wrapping_add(1);
                     break;
                 }
                 at = (at + 1) % SLOTS;
