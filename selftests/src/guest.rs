@@ -429,6 +429,8 @@ pub fn write_kit(ram: Ram) {
         ram.write_u64(IDT + v * 16 + 8, 0);
     }
     ram.write_u64(TSS + 4, 0x9_0000);
+    // The I/O permission map begins beyond the limit: no port for user mode.
+    ram.write(TSS + 0x66, &0x68u16.to_le_bytes());
     ram.write_u64(PML4, PDPT | 7);
     for i in 0..4 {
         ram.write_u64(PDPT + i * 8, (PD + i * 0x1000) | 7);

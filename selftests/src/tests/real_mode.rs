@@ -462,7 +462,8 @@ fn run_after_shutdown() {
     assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
 }
 
-payload! { real_loop, 16, "2: inc ebx", "jmp 2b" }
+// With interrupts on: Bochs lets nothing interrupt an SVM guest that is entered with them off.
+payload! { real_loop, 16, "sti", "2: inc ebx", "jmp 2b" }
 
 fn endless_loop_is_kicked() {
     let g = Guest::real(real_loop());
