@@ -25,7 +25,8 @@ use kernel::{
 };
 
 use super::{
-    bindings as own, error, host_walk,
+    bindings as own, error,
+    host_walk::{self, Unseen},
     lock::IrqSpinLock,
     page::{page_to_hpa, PAGE_SIZE},
 };
@@ -185,10 +186,14 @@ impl<T: Invalidate> AddressSpace<T> {
         }
         let write = want == Want::Write;
         // SAFETY: it is the current address space.
-        if let Some(seen) = unsafe { host_walk::peek(self.mm.as_raw(), hva, write) } {
-            let writable = seen.writable && want != Want::Read;
-            // INVARIANT: no reference.
-            return Some(HostPage { page: ptr::null_mut(), hpa: seen.hpa, writable, level: seen.level, memory: true });
+        match unsafe { host_walk::peek(self.mm.as_raw(), hva, write) } {
+            Ok(seen) => {
+                let writable = seen.writable && want != Want::Read;
+                // INVARIANT: no reference.
+                return Some(HostPage { page: ptr::null_mut(), hpa: seen.hpa, writable, level: seen.level, memory: true });
+            }
+            Err(Unseen::Absent) => return None,
+            Err(Unseen::Odd) => {}
         }
         let mut page = ptr::null_mut();
         let how = if write { bindings::FOLL_WRITE } else { 0 };

@@ -83,6 +83,35 @@ int krab_cmpxchg_user(void *at, u64 *old, u64 new, unsigned int size)
 	return ret;
 }
 
+/* code.rs: both run with preemption off, so that a fault goes to the exception table at once. */
+
+int krab_read_kernel_u64(u64 *value, const u64 *from)
+{
+	__get_kernel_nofault(value, from, u64, fault);
+	return 0;
+fault:
+	return -EFAULT;
+}
+
+/* Reads 16 bytes; not if one of the @entries is not its @values any more. */
+int krab_read_code(const u64 *const *entries, const u64 *values, unsigned int count, const u64 *code, u64 *out)
+{
+	unsigned int i;
+
+	for (i = 0; i < count; i++) {
+		u64 value;
+
+		__get_kernel_nofault(&value, entries[i], u64, fault);
+		if (value != values[i])
+			return -EAGAIN;
+	}
+	__get_kernel_nofault(&out[0], &code[0], u64, fault);
+	__get_kernel_nofault(&out[1], &code[1], u64, fault);
+	return 0;
+fault:
+	return -EFAULT;
+}
+
 /* lock.rs */
 
 void krab_raw_spin_lock_init(struct raw_spinlock *lock, const char *name, struct lock_class_key *key)

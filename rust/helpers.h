@@ -27,6 +27,10 @@ void krab_pagefault_enable(void);
 int krab_read_user_u64_nofault(u64 *value, const u64 *from);
 int krab_cmpxchg_user(void *at, u64 *old, u64 new, unsigned int size);
 
+/* code.rs */
+int krab_read_kernel_u64(u64 *value, const u64 *from);
+int krab_read_code(const u64 *const *entries, const u64 *values, unsigned int count, const u64 *code, u64 *out);
+
 /* lock.rs */
 void krab_raw_spin_lock_init(struct raw_spinlock *lock, const char *name, struct lock_class_key *key);
 unsigned long krab_raw_spin_lock_irqsave(struct raw_spinlock *lock);

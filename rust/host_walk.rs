@@ -130,17 +130,29 @@ impl Rule {
     }
 }
 
+/// Why a look at the tables was not enough.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unseen {
+    /// Nothing is mapped there: only a page fault helps.
+    Absent,
+    /// There is something, but the CPU would have to mark it, or it is unusual.
+    Odd,
+}
+
 /// How the current address space maps `hva`, if it does in a way that needs no more work.
 ///
 /// # Safety
 ///
 /// `mm` must be the current address space.
 #[inline]
-pub(super) unsafe fn peek(mm: *const bindings::mm_struct, hva: Hva, write: bool) -> Option<Seen> {
+pub(super) unsafe fn peek(mm: *const bindings::mm_struct, hva: Hva, write: bool) -> Result<Seen, Unseen> {
     let _irqs = IrqsSaved::new();
     // SAFETY: the caller's promise, and interrupts are off.
-    let (_, value, level) = unsafe { leaf(mm, hva)? };
-    Rule::new(level, write).frame(value).map(|frame| Seen {
+    let (_, value, level) = unsafe { leaf(mm, hva) }.ok_or(Unseen::Absent)?;
+    if value & entry::P == 0 {
+        return Err(Unseen::Absent);
+    }
+    Rule::new(level, write).frame(value).ok_or(Unseen::Odd).map(|frame| Seen {
         hpa: Hpa(frame | (hva.0 & (level.bytes() - 1) & !0xfff)),
         writable: value & (entry::W | entry::D) == entry::W | entry::D,
         level,

@@ -3,6 +3,7 @@
 //! the module sees, and all of it is safe to use from code that forbids unsafe.
 
 mod bindings;
+pub(crate) mod code;
 pub(crate) mod cpu;
 pub(crate) mod error;
 pub(crate) mod eventfd;

@@ -205,6 +205,7 @@ impl<V: Vendor> Vcpu<V> {
             // The guest's page tables are in no memory.
             return Ok(Some(self.emulation_failure(core)));
         }
+        let code = core.state.code.take();
         loop {
             let Core { state, fpu, emulator, .. } = core;
             let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
@@ -215,7 +216,7 @@ impl<V: Vendor> Vcpu<V> {
                     assisted[..len].copy_from_slice(&bytes[..len]);
                     assisted.get(..len)
                 }
-                _ => None,
+                _ => code.as_ref().map(|bytes| &bytes[..15]),
             };
             let rip = state.regs.rip;
             let mut emulated = Emulated { state, fpu, data: &self.data, view: vm.memory.view(true), lost: false };

@@ -34,6 +34,8 @@ pub(crate) enum Handled {
     Blocked,
     /// The exit needs process context; nothing was done yet.
     Slow,
+    /// A nested fault where there is no memory: the emulator's, in process context.
+    Device,
 }
 
 /// What userspace is told.
@@ -203,8 +205,14 @@ impl<V: Vendor> State<V> {
             Some(next) => next,
             None => {
                 let mode = self.mode();
-                let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
-                let length = skip_length(bytes.get(..len).unwrap_or(&[]), mode, what).ok_or(NotNow)?;
+                let length = match self.code {
+                    Some(bytes) => skip_length(&bytes[..15], mode, what),
+                    None => {
+                        let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
+                        skip_length(bytes.get(..len).unwrap_or(&[]), mode, what)
+                    }
+                };
+                let length = length.ok_or(NotNow)?;
                 let next = self.regs.rip.wrapping_add(length.into());
                 match mode {
                     Mode::Long64 => next,
@@ -342,6 +350,7 @@ impl<V: Vendor> State<V> {
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
         match vm.memory.fault(fault, false) {
             Ok(Fault::Mapped) => Handled::Resume,
+            Ok(Fault::Mmio) => Handled::Device,
             _ => Handled::Slow,
         }
     }

@@ -309,7 +309,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             let memory_type = if page.is_memory() { MemoryType::WriteBack } else { MemoryType::Uncached };
             let prot = Prot { write: writable, execute: true, accessed: true, dirty: fault.write, memory_type };
             let limit = if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()) };
-            let around = (limit == Level::Page4K && page.is_memory())
+            // A refused write of a page that is there comes from dirty logging: its neighbours are there as well.
+            let around = (limit == Level::Page4K && page.is_memory() && !fault.present)
                 .then(|| self.space.present(hva.wrapping_add(4096), AROUND, writable));
 
             let mut nested = self.space.nested.lock();

@@ -10,14 +10,17 @@ use kernel::prelude::*;
 
 use crate::{
     abi::run::{self, KVM_EXIT_INTR},
-    arch::cr::rflags,
+    arch::cr::{cr4, rflags},
+    emul::Mode,
     exits::{Handled, ToUser},
     glue::{
+        code::Paging,
         cpu::{self, IrqsOff},
+        kick::InGuest,
         lock::lock_killable,
         signal, task,
     },
-    guest::{queue::Readiness, Event, Exit},
+    guest::{exit::NestedFault, queue::Readiness, Event, Exit},
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
@@ -28,6 +31,8 @@ enum Slow {
     Work,
     /// An exit that needs process context.
     Exit(Exit),
+    /// An access to a device.
+    Device(NestedFault),
     /// Userspace waits for the guest to take interrupts, and it does.
     InterruptWindow,
 }
@@ -123,6 +128,7 @@ impl<V: Vendor> Vcpu<V> {
             let reason = match self.run_guest(core) {
                 Slow::Work => None,
                 Slow::Exit(exit) => self.handle_slow(core, &exit)?,
+                Slow::Device(fault) => self.emulate(core, Some(&fault))?,
                 Slow::InterruptWindow => Some(ToUser::InterruptWindow),
             };
             if let Some(reason) = reason {
@@ -136,7 +142,7 @@ impl<V: Vendor> Vcpu<V> {
         core.state.drain_inbox(&self.vm, &self.peer);
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
-            core.state.hw.flush_tlb();
+            core.state.forget_translations();
         }
         if requests & request::CLOCK != 0 {
             core.state.update_clock(&self.vm);
@@ -181,7 +187,7 @@ impl<V: Vendor> Vcpu<V> {
                 let Some(in_guest) = self.peer.kick.enter_guest(&irqs) else {
                     if self.peer.kick.pending() == request::FLUSH_TLB && !task::work_pending() {
                         self.peer.kick.take(request::FLUSH_TLB);
-                        state.hw.flush_tlb();
+                        state.forget_translations();
                         // With a moment of interrupts: others may ask again and again.
                         break;
                     }
@@ -198,6 +204,7 @@ impl<V: Vendor> Vcpu<V> {
                     return Slow::Work;
                 }
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
+                state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
                 state.after_exit();
                 match exit {
@@ -209,6 +216,10 @@ impl<V: Vendor> Vcpu<V> {
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),
+                        Handled::Device => match exit {
+                            Exit::NestedFault(fault) => return Slow::Device(fault),
+                            exit => return Slow::Exit(exit),
+                        },
                     },
                 }
             }
@@ -217,6 +228,35 @@ impl<V: Vendor> Vcpu<V> {
 }
 
 impl<V: Vendor> State<V> {
+    /// The nested tables changed.
+    fn forget_translations(&mut self) {
+        self.hw.flush_tlb();
+        self.code_cache.forget();
+    }
+
+    /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.
+    #[inline]
+    fn look_at_code(&mut self, exit: &Exit, in_guest: &InGuest<'_>) {
+        self.code = None;
+        let wanted = match exit {
+            Exit::NestedFault(fault) => !fault.present && !fault.execute && self.hw.instruction_bytes().is_none(),
+            Exit::Cpuid
+            | Exit::Hypercall
+            | Exit::Rdmsr
+            | Exit::Wrmsr
+            | Exit::Hlt
+            | Exit::Invd
+            | Exit::Wbinvd
+            | Exit::Pause
+            | Exit::ControlRegister(_) => self.hw.next_rip().is_none(),
+            _ => false,
+        };
+        if wanted && self.mode() == Mode::Long64 {
+            let paging = Paging { cr3: self.hw.cr3(), five_levels: self.hw.cr4() & cr4::LA57 != 0 };
+            self.code = self.code_cache.bytes::<V::NestedFormat>(paging, self.regs.rip, in_guest);
+        }
+    }
+
     /// Whether the guest could take an external interrupt now.
     fn readiness(&self) -> Readiness {
         Readiness { interrupts_enabled: self.regs.rflags & rflags::IF != 0, shadow: self.hw.interrupt_shadow() }

@@ -26,6 +26,7 @@ use crate::{
     dev::MAX_VCPUS,
     emul::Emulator,
     glue::{
+        code::CodeCache,
         fd::FileOperations,
         fpu::GuestFpu,
         kick::KickPoint,
@@ -224,6 +225,9 @@ pub(crate) struct State<V: Vendor> {
     /// Index among the peers.
     pub(crate) index: usize,
     pub(crate) clock: VcpuClock,
+    pub(crate) code_cache: CodeCache,
+    /// The bytes at RIP at the last exit, where they were at hand.
+    pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
     pub(crate) user_apic_base: u64,
 }
@@ -296,6 +300,8 @@ impl<V: Vendor> Vcpu<V> {
             timer,
             index,
             clock: VcpuClock::default(),
+            code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
+            code: None,
             user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
         };
         state.regs = RESET_REGS;

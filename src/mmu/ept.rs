@@ -56,6 +56,11 @@ impl Format for Ept {
     }
 
     #[inline]
+    fn write_back(bits: u64) -> bool {
+        (bits >> ept::TYPE_SHIFT) & 7 == ept::TYPE_WB
+    }
+
+    #[inline]
     fn widen(bits: u64, other: u64) -> u64 {
         bits | (other & (ept::W | ept::X | ept::A | ept::D))
     }

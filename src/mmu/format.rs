@@ -56,6 +56,9 @@ pub trait Format {
 
     fn executable(entry: u64) -> bool;
 
+    /// Whether a present entry that maps a page maps it as ordinary memory.
+    fn write_back(entry: u64) -> bool;
+
     /// `entry` with the permissions, accessed and dirty bits of `other` added. Both map the same page.
     fn widen(entry: u64, other: u64) -> u64;
 

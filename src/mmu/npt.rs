@@ -54,6 +54,11 @@ impl Format for Npt {
     }
 
     #[inline]
+    fn write_back(bits: u64) -> bool {
+        bits & (entry::PCD | entry::PWT) == 0
+    }
+
+    #[inline]
     fn widen(bits: u64, other: u64) -> u64 {
         (bits | (other & (entry::W | entry::A | entry::D))) & !(!other & entry::NX)
     }
