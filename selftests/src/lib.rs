@@ -9,6 +9,7 @@ pub mod harness;
 pub mod ioctls;
 pub mod kmsg;
 pub mod rng;
+pub mod routing;
 pub mod sys;
 pub mod vm;
 

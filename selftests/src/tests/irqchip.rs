@@ -5,6 +5,7 @@
 use krabtest::guest::*;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
+use krabtest::routing::Routing;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Vm};
 use krabtest::{assert_err, assert_ok, payload, tests};
@@ -162,43 +163,6 @@ fn msi_wakes_halted() {
         }
     });
     assert_eq!(g.count(0x77), 20);
-}
-
-/// `struct kvm_irq_routing` with room for 8 entries.
-#[repr(C)]
-#[derive(Clone)]
-struct Routing {
-    nr: u32,
-    flags: u32,
-    entries: [kvm_irq_routing_entry; 8],
-}
-
-impl Routing {
-    fn new() -> Routing {
-        Routing { nr: 0, flags: 0, entries: [kvm_irq_routing_entry::default(); 8] }
-    }
-
-    fn msi(mut self, gsi: u32, address: u64, data: u32) -> Routing {
-        let e = &mut self.entries[self.nr as usize];
-        e.gsi = gsi;
-        e.type_ = KVM_IRQ_ROUTING_MSI;
-        e.u.msi = kvm_irq_routing_msi { address_lo: address as u32, address_hi: 0, data, ..Default::default() };
-        self.nr += 1;
-        self
-    }
-
-    fn chip(mut self, gsi: u32, irqchip: u32, pin: u32) -> Routing {
-        let e = &mut self.entries[self.nr as usize];
-        e.gsi = gsi;
-        e.type_ = KVM_IRQ_ROUTING_IRQCHIP;
-        e.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
-        self.nr += 1;
-        self
-    }
-
-    fn set(&self, vm: &Vm) -> Result<i32> {
-        vm.set(KVM_SET_GSI_ROUTING, self)
-    }
 }
 
 fn irqfd_wakes_halted() {
