@@ -47,9 +47,10 @@ impl Word for u64 {}
 ///
 /// # Invariants
 ///
-/// Owns one reference of `page`, an order-0 page.
+/// Owns one reference of `page`, an order-0 page, which is at `base` in the direct map.
 pub struct SharedPage {
     page: NonNull<bindings::page>,
+    base: *mut u8,
 }
 
 // SAFETY: the page is plain memory, reached by single accesses only.
@@ -63,8 +64,9 @@ impl SharedPage {
         let flags = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_ZERO;
         // SAFETY: process context; the result is checked.
         let page = unsafe { bindings::alloc_pages(flags, 0) };
+        let page = NonNull::new(page).ok_or(ENOMEM)?;
         // INVARIANT: fresh from the allocator with one reference.
-        Ok(Self { page: NonNull::new(page).ok_or(ENOMEM)? })
+        Ok(Self { page, base: direct_map(page_to_hpa(page.as_ptr())) })
     }
 
     /// Another reference, for [`FileOperations::page`](super::fd::FileOperations::page).
@@ -79,7 +81,7 @@ impl SharedPage {
     fn at<T>(&self, offset: usize) -> Option<*mut T> {
         const { assert!(size_of::<T>() <= PAGE_SIZE) };
         (offset <= PAGE_SIZE - size_of::<T>())
-            .then(|| direct_map(page_to_hpa(self.page.as_ptr())).wrapping_add(offset).cast())
+            .then(|| self.base.wrapping_add(offset).cast())
     }
 
     /// One load; not atomic when misaligned.

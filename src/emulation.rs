@@ -14,23 +14,55 @@ use crate::{
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer},
     guest::{event::vector, exit::NestedFault, Exception},
+    irqchip::lapic::Lapic,
     memory::View,
     mmu::{guest_mem::GuestMem, walk},
     vcpu::{Core, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    vm::Vm,
 };
 
 /// Bytes in the local APIC's register window.
 const LAPIC_WINDOW: u64 = 4096;
+
+/// Where a guest's access to a device went: the CPU walked the guest's tables for it and checked its rights.
+#[derive(Clone, Copy)]
+pub(crate) struct Found {
+    /// The instruction.
+    rip: u64,
+    gpa: Gpa,
+    write: bool,
+}
+
+impl Found {
+    /// Of the instruction `code` at `rip`. Not when it may read two places, because then nobody knows which of them it is.
+    fn new(rip: u64, fault: &NestedFault, code: &[u8]) -> Option<Self> {
+        // CMPS; also inside of an operand, which costs nothing but time.
+        let two_reads = code.iter().any(|byte| byte & 0xFE == 0xA6);
+        (!two_reads).then_some(Self { rip, gpa: fault.gpa, write: fault.write })
+    }
+}
 
 /// A vCPU as the emulator sees it.
 struct Emulated<'a, V: Vendor> {
     state: &'a mut State<V>,
     fpu: &'a mut GuestFpu,
     data: &'a SharedPage,
-    view: View<'a>,
+    vm: &'a Vm<V>,
+    /// Guest memory, from the first use on.
+    view: Option<View<'a>>,
+    /// What the CPU found in the access that made it exit: spares the first translation.
+    found: Option<Found>,
     /// The last translation failed in a way that the guest has no exception for.
     lost: bool,
+}
+
+impl<V: Vendor> Emulated<'_, V> {
+    #[inline]
+    fn view(&mut self) -> &View<'_> {
+        let vm = self.vm;
+        self.view.get_or_insert_with(|| vm.memory.view(true))
+    }
 }
 
 impl<V: Vendor> Cpu for Emulated<'_, V> {
@@ -145,6 +177,13 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn translate(&mut self, at: Gva, access: Access) -> core::result::Result<Gpa, Exception> {
+        if let Some(Found { gpa, write, .. }) = self.found {
+            let same = if write { Access::Write } else { Access::Read };
+            if access == same && at.page_offset() == gpa.page_offset() {
+                self.found = None;
+                return Ok(gpa);
+            }
+        }
         let access = match access {
             Access::Read => walk::Access::READ,
             Access::Write => walk::Access::WRITE,
@@ -152,7 +191,7 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
             Access::SystemRead => walk::Access::SYSTEM_READ,
         };
         let context = self.state.walk_context(self.fpu.pkru());
-        match walk::walk(&self.view, &context, at, access) {
+        match walk::walk(self.view(), &context, at, access) {
             Ok(found) => Ok(found.gpa),
             Err(walk::WalkError::Fault(exception)) => Err(exception),
             Err(walk::WalkError::NonCanonical) => Err(Exception::GP0),
@@ -164,15 +203,15 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn read_ram(&mut self, at: Gpa, to: &mut [u8]) -> core::result::Result<(), NotRam> {
-        self.view.read(at, to).map_err(|_| NotRam)
+        self.view().read(at, to).map_err(|_| NotRam)
     }
 
     fn write_ram(&mut self, at: Gpa, from: &[u8]) -> core::result::Result<(), NotRam> {
-        self.view.write(at, from).map_err(|_| NotRam)
+        self.view().write(at, from).map_err(|_| NotRam)
     }
 
     fn compare_exchange_ram(&mut self, at: Gpa, old: &[u8], new: &[u8]) -> core::result::Result<bool, NotRam> {
-        self.view.compare_exchange_bytes(at, old, new).map_err(|_| NotRam)
+        self.view().compare_exchange_bytes(at, old, new).map_err(|_| NotRam)
     }
 
     fn vector(&mut self, register: usize) -> [u8; 32] {
@@ -197,30 +236,37 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
 }
 
 impl<V: Vendor> Vcpu<V> {
-    /// Emulates at RIP, or goes on with an instruction that waited for userspace. `fault`: what the guest tried, if that is why.
+    /// Emulates the instruction at RIP, which just made the guest exit. `fault`: what it tried, if that is why.
     /// `Some`: userspace is needed.
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
-        let vm = &*self.vm;
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
             return Ok(Some(self.emulation_failure(core)));
         }
-        let code = core.state.code.take();
+        let mut code = [0; 15];
+        let mut len = 0;
+        let state = &core.state;
+        let assisted = fault.and(state.hw.instruction_bytes());
+        if let Some(bytes) = assisted.or(state.code.as_ref().map(|bytes| &bytes[..15])) {
+            len = bytes.len().min(15);
+            code[..len].copy_from_slice(&bytes[..len]);
+        }
+        let code = code.get(..len).filter(|code| !code.is_empty());
+        core.found = fault.zip(code).and_then(|(fault, code)| Found::new(state.regs.rip, fault, code));
+        core.state.code = None;
+        self.emulate_on(core, code)
+    }
+
+    /// Goes on with an instruction that waited for userspace, or begins one. `code`: its bytes, if they are known.
+    pub(crate) fn emulate_on(&self, core: &mut Core<V>, code: Option<&[u8]>) -> Result<Option<ToUser>> {
+        let vm = &*self.vm;
         loop {
-            let Core { state, fpu, emulator, .. } = core;
+            let Core { state, fpu, emulator, found, .. } = core;
             let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
-            let mut assisted = [0; 15];
-            let bytes = match state.hw.instruction_bytes() {
-                Some(bytes) if fault.is_some() => {
-                    let len = bytes.len().min(15);
-                    assisted[..len].copy_from_slice(&bytes[..len]);
-                    assisted.get(..len)
-                }
-                _ => code.as_ref().map(|bytes| &bytes[..15]),
-            };
             let rip = state.regs.rip;
-            let mut emulated = Emulated { state, fpu, data: &self.data, view: vm.memory.view(true), lost: false };
-            let step = emulator.step(&mut emulated, bytes);
+            let found = found.filter(|found| found.rip == rip);
+            let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, lost: false };
+            let step = emulator.step(&mut emulated, code);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
@@ -309,6 +355,15 @@ impl<V: Vendor> Vcpu<V> {
     }
 }
 
+/// The time for a write to a register of the local APIC, if it wants one.
+#[inline]
+pub(crate) fn write_time(offset: u32) -> u64 {
+    match Lapic::write_wants_time(offset) {
+        true => timer::now_ns(),
+        false => 0,
+    }
+}
+
 impl<V: Vendor> State<V> {
     /// Offset into the local APIC's register window.
     fn lapic_offset(&self, gpa: Gpa) -> Option<u32> {
@@ -329,7 +384,7 @@ impl<V: Vendor> State<V> {
     fn device_write(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8, value: u64) -> bool {
         match (self.lapic_offset(gpa), &mut self.lapic) {
             (Some(offset), Some(lapic)) => {
-                let work = lapic.mmio_write(offset, len, value, timer::now_ns());
+                let work = lapic.mmio_write(offset, len, value, write_time(offset));
                 self.lapic_work(vm, work);
                 true
             }

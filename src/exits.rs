@@ -201,7 +201,15 @@ impl<V: Vendor> State<V> {
     /// Moves RIP behind the intercepted instruction.
     #[inline]
     pub(crate) fn skip(&mut self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<(), NotNow> {
-        let next = match self.hw.next_rip() {
+        let next = self.next_instruction(vm, what, may_sleep)?;
+        self.completed(next);
+        Ok(())
+    }
+
+    /// RIP behind the intercepted instruction.
+    #[inline]
+    pub(crate) fn next_instruction(&self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<u64, NotNow> {
+        Ok(match self.hw.next_rip() {
             Some(next) => next,
             None => {
                 let mode = self.mode();
@@ -220,9 +228,7 @@ impl<V: Vendor> State<V> {
                     Mode::Protected32 => next & 0xFFFF_FFFF,
                 }
             }
-        };
-        self.completed(next);
-        Ok(())
+        })
     }
 
     /// An instruction is over: RIP, the interrupt shadow, RF, and the single-step trap.

@@ -7,6 +7,7 @@ use kernel::prelude::*;
 use crate::{
     arch::{cr::cr0, msr},
     emul::Intercepted,
+    emulation::write_time,
     exits::NotNow,
     glue::{cpu, fpu::GuestFpu, timer},
     guest::{Exception, Gpr},
@@ -154,7 +155,7 @@ impl<V: Vendor> State<V> {
             }
             (Register::TscDeadline, None) => return Ok(()),
             (Register::X2Apic(register), Some(lapic)) => lapic
-                .write_msr(msr::X2APIC_FIRST + u32::from(register), value, timer::now_ns())
+                .write_msr(msr::X2APIC_FIRST + u32::from(register), value, write_time(u32::from(register) << 4))
                 .map_err(|_| Refused::Gp)?,
             _ => return Err(Refused::Gp),
         };
@@ -204,24 +205,13 @@ impl<V: Vendor> State<V> {
     fn wrmsr(&mut self, vm: &Vm<V>, fpu: Option<&mut GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
         let (index, value) = self.msr_operands();
         // The length first: what the write does must not happen twice.
-        let before = (self.regs.rip, self.regs.rflags, self.hw.interrupt_shadow(), self.events);
-        self.skip(vm, Intercepted::Wrmsr, may_sleep)?;
+        let next = self.next_instruction(vm, Intercepted::Wrmsr, may_sleep)?;
         match self.write_msr(vm, fpu, index, value, By::Guest) {
-            Ok(()) => Ok(()),
-            Err(refused) => {
-                self.regs.rip = before.0;
-                self.regs.rflags = before.1;
-                self.hw.set_interrupt_shadow(before.2);
-                self.events = before.3;
-                match refused {
-                    Refused::Gp => {
-                        self.events.raise(Exception::GP0);
-                        Ok(())
-                    }
-                    Refused::Busy => Err(NotNow),
-                }
-            }
+            Ok(()) => self.completed(next),
+            Err(Refused::Gp) => self.events.raise(Exception::GP0),
+            Err(Refused::Busy) => return Err(NotNow),
         }
+        Ok(())
     }
 
     /// RDMSR in the inner ring.

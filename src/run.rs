@@ -96,7 +96,7 @@ impl<V: Vendor> Vcpu<V> {
             }
             Pending::Emulation => {}
         }
-        self.emulate(core, None)
+        self.emulate_on(core, None)
     }
 
     fn run_until_user(&self, core: &mut Core<V>) -> Result<ToUser> {

@@ -25,6 +25,7 @@ use crate::{
     clock::VcpuClock,
     dev::MAX_VCPUS,
     emul::Emulator,
+    emulation::Found,
     glue::{
         code::CodeCache,
         fd::FileOperations,
@@ -238,6 +239,8 @@ pub(crate) struct Core<V: Vendor> {
     pub(crate) fpu: GuestFpu,
     pub(crate) emulator: KBox<Emulator>,
     pub(crate) pending: Pending,
+    /// What the instruction under emulation accesses.
+    pub(crate) found: Option<Found>,
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
@@ -308,8 +311,16 @@ impl<V: Vendor> Vcpu<V> {
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
             card.publish(lapic.card());
         }
-        let core =
-            Core { state, fpu, emulator, pending: Pending::Nothing, ran: false, signal_mask: None, sipi_vector: 0 };
+        let core = Core {
+            state,
+            fpu,
+            emulator,
+            pending: Pending::Nothing,
+            found: None,
+            ran: false,
+            signal_mask: None,
+            sipi_vector: 0,
+        };
         Ok(Arc::pin_init(
             try_pin_init!(Self { vm, peer, run, data, core <- new_killable_mutex!(core, "krab::vcpu") }),
             GFP_KERNEL_ACCOUNT,

@@ -42,6 +42,12 @@ impl Lapic {
         }
     }
 
+    /// Whether a write at `offset` looks at the clock: the frequent ones do not, and may be given any time.
+    #[inline]
+    pub const fn write_wants_time(offset: u32) -> bool {
+        !matches!(offset, regs::EOI | regs::ICR | regs::ICR2 | regs::SELF_IPI | regs::TPR)
+    }
+
     /// A write of `size_bytes` at `offset` into the register window.
     pub fn mmio_write(&mut self, offset: u32, size_bytes: u8, value: u64, now_ns: u64) -> LapicWork {
         if self.mode != Mode::XApic || size_bytes != 4 || offset & 0xF != 0 {
