@@ -529,7 +529,8 @@ impl VendorVcpu for SvmVcpu {
         self.flush_wanted = false;
         control.asid = self.asid.id;
         // An emulated CPU may let a guest set more of CR8 than there is, and then refuse to enter.
-        control.int_ctl &= !V_TPR_RESERVED;
+        // It may also forget this when it refuses an entry, and without it a guest with interrupts off keeps the host's CPU for good.
+        control.int_ctl = control.int_ctl & !V_TPR_RESERVED | int_ctl::V_INTR_MASKING;
 
         let save = &mut self.vmcb.save;
         save.rax = regs.gpr[Gpr::Rax as usize];
