@@ -155,6 +155,7 @@ fn guest_vectors_survive_exits() {
 }
 
 payload! { hs_spin, 64,
+    "sti",
     "2: movaps xmm0, xmm15",
     "pxor xmm7, xmm7",
     "pxor xmm15, xmm15",

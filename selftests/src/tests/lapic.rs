@@ -404,7 +404,9 @@ fn shadow_of_sti() {
     }
 }
 
+// What waits in a loop does it with interrupts on, for Bochs' sake: see `bochs()`.
 payload! { ic_ipi_send_xapic, 64,
+    "sti",
     "mov rbx, 0xfee00000",
     "mov dword ptr [rbx + 0xf0], 0x1ff",
     "3: cmp qword ptr [0x100000], 1",           // the other one is ready
@@ -422,6 +424,7 @@ payload! { ic_ipi_send_xapic, 64,
 }
 
 payload! { ic_ipi_send_x2apic, 64,
+    "sti",
     "mov ecx, 0x1b",
     "rdmsr",
     "or eax, 0xc00",
@@ -520,6 +523,7 @@ fn ipi_between_vcpus_x2apic() {
 }
 
 payload! { ic_bsp, 64,
+    "sti",
     "mov rbx, 0xfee00000",
     "mov dword ptr [rbx + 0xf0], 0x1ff",
     "mov dword ptr [rbx + 0x310], 0x01000000",

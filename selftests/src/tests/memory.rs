@@ -134,6 +134,7 @@ fn slot_move() {
 }
 
 payload! { mem_spin_write, 64,
+    "sti",
     "mov rsi, 0x10000000",
     "2: mov rdi, rsi",
     "mov ecx, 16",

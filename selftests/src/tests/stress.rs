@@ -28,6 +28,7 @@ tests! { "stress";
 }
 
 payload! { ss_count, 64,
+    "sti",
     "2: inc rbx",
     "mov [rsi], rbx",
     "cmp [rsi], rbx",
