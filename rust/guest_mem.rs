@@ -190,7 +190,13 @@ impl<T: Invalidate> AddressSpace<T> {
             Ok(seen) => {
                 let writable = seen.writable && want != Want::Read;
                 // INVARIANT: no reference.
-                return Some(HostPage { page: ptr::null_mut(), hpa: seen.hpa, writable, level: seen.level, memory: true });
+                return Some(HostPage {
+                    page: ptr::null_mut(),
+                    hpa: seen.hpa,
+                    writable,
+                    level: seen.level,
+                    memory: true,
+                });
             }
             Err(Unseen::Absent) => return None,
             Err(Unseen::Odd) => {}

@@ -15,6 +15,12 @@ pub struct Routing {
     pub entries: [kvm_irq_routing_entry; 8],
 }
 
+impl Default for Routing {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Routing {
     pub fn new() -> Routing {
         Routing { nr: 0, flags: 0, entries: [kvm_irq_routing_entry::default(); 8] }
