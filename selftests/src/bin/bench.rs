@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `bench [--device PATH] [--bed NAME] [--json FILE|-] [--rounds N] [FILTER ...]`: instructions per operation.
+//! `bench [--device PATH] [--bed NAME] [--json FILE|-] [--rounds N] [--except FILTER] [FILTER ...]`: instructions per operation.
 //!
 //! Every row is a small program of guest and host. RDTSC is read in the guest, or in the host around ioctls; under
 //! QEMU's `-icount shift=0,sleep=off` it counts instructions (of the host kernel, this program and the guest together).
@@ -70,7 +70,7 @@ fn rounds() -> usize {
 
 fn main() {
     let mut o = Options { device: "/dev/krab".into(), bed: String::new(), times: false };
-    let (mut json, mut filters) = (None, Vec::new());
+    let (mut json, mut filters, mut except) = (None, Vec::new(), None);
     let mut args = std::env::args().skip(1);
     while let Some(a) = args.next() {
         let mut value = || args.next().unwrap_or_else(|| usage());
@@ -78,6 +78,7 @@ fn main() {
             "--device" => o.device = value(),
             "--bed" => o.bed = value(),
             "--json" => json = Some(value()),
+            "--except" => except = Some(value()),
             "--rounds" => {
                 let n: usize = value().parse().unwrap_or_else(|_| usage());
                 let _ = ROUNDS.set(n.max(1));
@@ -93,6 +94,9 @@ fn main() {
     let (mut rows, mut reasons) = (String::new(), String::new());
     for (name, func) in ROWS {
         if !filters.is_empty() && !filters.iter().any(|f| name.contains(f.as_str())) {
+            continue;
+        }
+        if except.as_ref().is_some_and(|e| name.contains(e.as_str())) {
             continue;
         }
         let comma = |s: &String| if s.is_empty() { "" } else { "," };
@@ -125,7 +129,7 @@ fn main() {
 }
 
 fn usage() -> ! {
-    eprintln!("usage: bench [--device PATH] [--bed NAME] [--json FILE|-] [--rounds N] [FILTER ...]");
+    eprintln!("usage: bench [--device PATH] [--bed NAME] [--json FILE|-] [--rounds N] [--except FILTER] [FILTER ...]");
     std::process::exit(2);
 }
 
