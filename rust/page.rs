@@ -80,8 +80,7 @@ impl SharedPage {
     #[inline]
     fn at<T>(&self, offset: usize) -> Option<*mut T> {
         const { assert!(size_of::<T>() <= PAGE_SIZE) };
-        (offset <= PAGE_SIZE - size_of::<T>())
-            .then(|| self.base.wrapping_add(offset).cast())
+        (offset <= PAGE_SIZE - size_of::<T>()).then(|| self.base.wrapping_add(offset).cast())
     }
 
     /// One load; not atomic when misaligned.
