@@ -80,13 +80,7 @@ fn exact_words_of_two_cpus() {
     assert_eq!(haswell.revision, 0x12);
     assert_eq!(
         haswell.controls,
-        Controls {
-            pin: 0x3F,
-            primary: 0xB580_6DFA,
-            secondary: 0x10EA,
-            exit: 0x002B_6FFF,
-            entry: 0x0000_D1FF,
-        },
+        Controls { pin: 0x3F, primary: 0xB580_6DFA, secondary: 0x10EA, exit: 0x002B_6FFF, entry: 0x0000_D1FF },
         "{:#x?}",
         haswell.controls
     );
