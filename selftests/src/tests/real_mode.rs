@@ -2,7 +2,7 @@
 //! A guest in real mode: exits for port I/O, MMIO and HLT, kicks, shutdown, mode switches, and garbage as code.
 
 use krabtest::guest::*;
-use krabtest::harness::{bochs, emulated};
+use krabtest::harness::{bochs, emulated, on_kvm, tcg};
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::rng::Rng;
@@ -33,6 +33,7 @@ tests! { "real_mode";
     pending_io_dropped_by_new_state;
     to_protected_and_back;
     to_long_by_itself;
+    long_mode_enabled_without_paging;
     registers_survive;
     garbage_real(60);
     garbage_protected(60);
@@ -626,6 +627,40 @@ fn to_long_by_itself() {
     assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
     let s = g.cpu.sregs();
     assert_eq!((s.efer & 0x500, s.cs.l, g.cpu.regs().rbx), (0x500, 1, 0x1122_3344_5566_7788));
+}
+
+payload! { real_lme, 16,
+    "mov ecx, 0xc0000080",
+    "rdmsr",
+    "mov ebx, eax",
+    "hlt",
+    "or ax, 0x100",
+    "wrmsr",
+    "rdmsr",
+    "mov ebx, eax",
+    "out 0x10, al",
+    "hlt",
+}
+
+/// EFER.LME without paging and without CR4.PAE is a state to be in, set by userspace or by the guest. Leaving such a guest is where
+/// QEMU (10.0) loses the host's CR0.PG, and with it the host.
+fn long_mode_enabled_without_paging() {
+    if on_kvm() && tcg() {
+        skip!("KVM gives LME to hardware, and QEMU's host is lost");
+    }
+    let g = Guest::real(real_lme());
+    let mut s = g.cpu.sregs();
+    s.efer |= 0x100;
+    g.cpu.set_sregs(&s);
+    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
+    assert_eq!((g.cpu.regs().rbx, g.cpu.sregs().efer, g.cpu.sregs().cr4 & 0x20), (0x100, 0x100, 0));
+    s.efer = 0;
+    g.cpu.set_sregs(&s);
+    expect_out(&g.cpu, 0x10, &[0]);
+    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
+    assert_eq!((g.cpu.regs().rbx, g.cpu.sregs().efer), (0x100, 0x100));
+    assert!(g.cpu.set_msr(0xc000_0080, 0));
+    assert_eq!(g.cpu.sregs().efer, 0);
 }
 
 payload! { real_exits_in_turn, 16,
