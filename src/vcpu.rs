@@ -81,17 +81,23 @@ impl Peers {
         Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0) }, GFP_KERNEL_ACCOUNT)?)
     }
 
-    /// Adds a vCPU and returns its index. The caller keeps others from adding at the same time. `EEXIST` when the id is taken,
-    /// `EINVAL` when there are [`MAX_VCPUS`].
-    pub(crate) fn add(&self, peer: Arc<Peer>) -> Result<usize> {
-        if self.iter().any(|other| other.id == peer.id) {
+    /// The index that a new vCPU will have. The caller keeps others from adding one until it is [added](Self::add). `EEXIST` when the
+    /// id is taken, `EINVAL` when there are [`MAX_VCPUS`].
+    fn place_for(&self, id: u32) -> Result<usize> {
+        if self.iter().any(|other| other.id == id) {
             return Err(EEXIST);
         }
         let index = self.count.load(Ordering::Relaxed);
-        let place = self.peers.get(index).ok_or(EINVAL)?;
-        place.populate(peer);
-        self.count.store(index + 1, Ordering::Release);
-        Ok(index)
+        if index < self.peers.len() { Ok(index) } else { Err(EINVAL) }
+    }
+
+    /// Adds a vCPU, which others find from now on.
+    pub(crate) fn add(&self, peer: Arc<Peer>) {
+        let index = self.count.load(Ordering::Relaxed);
+        if let Some(place) = self.peers.get(index) {
+            place.populate(peer);
+            self.count.store(index + 1, Ordering::Release);
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -265,8 +271,9 @@ pub(crate) struct Vcpu<V: Vendor> {
 }
 
 impl<V: Vendor> Vcpu<V> {
-    /// A vCPU in its reset state. Adds itself to the VM's; the caller keeps others from adding at the same time.
+    /// A vCPU in its reset state. The caller keeps others from making one until it has added it to the VM's.
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
+        let index = vm.peers.place_for(id)?;
         let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
@@ -283,7 +290,6 @@ impl<V: Vendor> Vcpu<V> {
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
         let (run, data) = (SharedPage::new()?, SharedPage::new()?);
-        let index = vm.peers.add(peer.clone())?;
         let mut state = State {
             hw,
             regs: Regs::default(),
@@ -302,7 +308,7 @@ impl<V: Vendor> Vcpu<V> {
             windows_open: false,
             timer,
             index,
-            clock: VcpuClock::default(),
+            clock: VcpuClock::new(peer.clone()),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
             user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
@@ -374,7 +380,7 @@ impl<V: Vendor> State<V> {
         self.reset_cpu();
         self.pic_signal = false;
         self.msrs.init();
-        self.clock = VcpuClock::default();
+        self.clock.reset();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;

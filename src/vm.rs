@@ -116,7 +116,12 @@ impl<V: Vendor> FileOperations for Vm<V> {
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
                 let _setup = this.setup.lock();
-                Ok(fd::anon_fd(Vcpu::new(this.into(), id)?)? as isize)
+                let vcpu = Vcpu::new(this.into(), id)?;
+                let peer = vcpu.peer.clone();
+                // Nothing fails once the vCPU is there: what is refused leaves its id free.
+                let file = fd::anon_file(vcpu)?;
+                this.peers.add(peer);
+                Ok(file.install() as isize)
             }
             KVM_SET_USER_MEMORY_REGION => {
                 this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;

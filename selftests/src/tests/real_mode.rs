@@ -29,6 +29,7 @@ tests! { "real_mode";
     triple_fault;
     run_after_shutdown;
     endless_loop_is_kicked;
+    refused_entry_keeps_interrupts;
     immediate_exit_completes_io;
     pending_io_dropped_by_new_state;
     to_protected_and_back;
@@ -481,6 +482,28 @@ fn endless_loop_is_kicked() {
     let before = g.cpu.regs();
     assert_err!(g.cpu.run(), EINTR);
     assert_eq!(g.cpu.regs().rbx, before.rbx);
+}
+
+payload! { real_deaf, 16, "cli", "2: jmp 2b" }
+
+/// A guest with interrupts off is interrupted also after an entry that the CPU refused: QEMU (10.0) then empties the VMCB's `int_ctl`,
+/// V_INTR_MASKING with it.
+fn refused_entry_keeps_interrupts() {
+    if on_kvm() && tcg() {
+        skip!("KVM does not set V_INTR_MASKING again, and the host's CPU is lost");
+    }
+    let g = Guest::real(real_deaf());
+    let good = g.cpu.sregs();
+    // Beyond every CPU's physical addresses, and of no use without paging.
+    let bad = kvm_sregs { cr3: 1 << 60, ..good };
+    let refused = g.cpu.set(KVM_SET_SREGS, &bad).is_ok() && matches!(g.cpu.run_for(20), Ok(Exit::FailEntry(_)));
+    if !refused {
+        skip!("this CPU enters with such a CR3");
+    }
+    enter_real(&g.cpu, 0x1000);
+    for _ in 0..3 {
+        assert_err!(g.cpu.run_for(20), EINTR);
+    }
 }
 
 payload! { real_in_out, 16,
