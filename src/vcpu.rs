@@ -43,6 +43,7 @@ use crate::{
     },
     new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
+    to_user::LocalApicUser,
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -53,6 +54,8 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
+    /// Something waits for userspace.
+    pub(crate) const TO_USER: u64 = 1 << 2;
 }
 
 /// What other threads see of a vCPU.
@@ -237,6 +240,9 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
     pub(crate) user_apic_base: u64,
+    pub(crate) apic_user: LocalApicUser,
+    /// The 8259A is in userspace: it says when there is an interrupt of it.
+    pub(crate) user_pic: bool,
 }
 
 /// What the vCPU's thread works on.
@@ -281,11 +287,12 @@ impl<V: Vendor> Vcpu<V> {
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
+        let boots = id == vm.boot_cpu_id();
         let lapic = match vm.has_irqchip() {
-            true => Some(KBox::new(Lapic::new(id, id == 0, Default::default()), GFP_KERNEL_ACCOUNT)?),
+            true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
-        let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
+        let mp_state = if lapic.is_some() && !boots { MpState::Uninitialized } else { MpState::Runnable };
         let msrs = KBox::new(MsrState::new(&vm.host.msr_config), GFP_KERNEL_ACCOUNT)?;
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
@@ -311,7 +318,9 @@ impl<V: Vendor> Vcpu<V> {
             clock: VcpuClock::new(peer.clone()),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
-            user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
+            user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
+            apic_user: LocalApicUser::default(),
+            user_pic: !vm.irq.has_pic(),
         };
         state.regs = RESET_REGS;
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
@@ -411,7 +420,9 @@ impl<V: Vendor> State<V> {
             vm.peers.deliver(&message, Origin::Cpu(self.index));
         }
         if let Some(eoi) = work.eoi {
-            vm.irq.eoi(eoi);
+            if vm.irq.eoi(eoi) {
+                self.interrupt_ended(vm, eoi.vector);
+            }
         }
         if work.timer_changed {
             self.arm_timer();
