@@ -262,8 +262,8 @@ impl<V: Vendor> State<V> {
     pub(crate) fn handle_fast(&mut self, vm: &Vm<V>, exit: &Exit, xcr0: u64) -> Handled {
         let done = match exit {
             Exit::NestedFault(fault) => return self.nested_fault_fast(vm, fault),
-            Exit::Rdmsr => self.handle_rdmsr(vm, false),
-            Exit::Wrmsr => self.handle_wrmsr(vm, false),
+            Exit::Rdmsr => self.handle_rdmsr(vm, None, false),
+            Exit::Wrmsr => self.handle_wrmsr(vm, None, false),
             Exit::Port(access) => return self.port_fast(vm, access),
             Exit::Cpuid => self.handle_cpuid(vm, xcr0, false),
             Exit::Hlt => {
@@ -494,8 +494,8 @@ impl<V: Vendor> Vcpu<V> {
                 state.mp_state = MpState::Halted;
                 skipped
             }
-            Exit::Rdmsr => core.handle_rdmsr_slow(vm),
-            Exit::Wrmsr => core.handle_wrmsr_slow(vm),
+            Exit::Rdmsr => state.handle_rdmsr(vm, Some(&core.fpu), true),
+            Exit::Wrmsr => state.handle_wrmsr(vm, Some(&mut core.fpu), true),
             Exit::Hypercall => state.handle_hypercall(vm, true),
             Exit::Invd => state.skip(vm, Intercepted::Invd, true),
             Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),

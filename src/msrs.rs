@@ -12,7 +12,7 @@ use crate::{
     glue::{cpu, fpu::GuestFpu, timer},
     guest::{Exception, Gpr},
     policy::msr::{By, Context, Effect, Read, Register, Write},
-    vcpu::{Core, State},
+    vcpu::State,
     vendor::{HardwareMsr, Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -23,25 +23,6 @@ pub(crate) enum Refused {
     Gp,
     /// It needs the extended state, which is loaded now: again in process context.
     Busy,
-}
-
-/// Where a register is that hardware switches.
-fn hardware(register: Register) -> Option<HardwareMsr> {
-    Some(match register {
-        Register::Efer => HardwareMsr::Efer,
-        Register::Star => HardwareMsr::Star,
-        Register::Lstar => HardwareMsr::Lstar,
-        Register::Cstar => HardwareMsr::Cstar,
-        Register::Sfmask => HardwareMsr::Sfmask,
-        Register::FsBase => HardwareMsr::FsBase,
-        Register::GsBase => HardwareMsr::GsBase,
-        Register::KernelGsBase => HardwareMsr::KernelGsBase,
-        Register::SysenterCs => HardwareMsr::SysenterCs,
-        Register::SysenterEsp => HardwareMsr::SysenterEsp,
-        Register::SysenterEip => HardwareMsr::SysenterEip,
-        Register::SpecCtrl => HardwareMsr::SpecCtrl,
-        _ => return None,
-    })
 }
 
 impl<V: Vendor> State<V> {
@@ -88,10 +69,8 @@ impl<V: Vendor> State<V> {
             Read::Gp => return Err(Refused::Gp),
             Read::Register(register) => register,
         };
-        if let Some(register) = hardware(register) {
-            return Ok(self.hw.msr(register));
-        }
         match (register, &mut self.lapic) {
+            (Register::Hardware(register), _) => Ok(self.hw.msr(register)),
             (Register::Tsc, _) => Ok(self.guest_tsc()),
             (Register::TscAux, _) => Ok(fpu.ok_or(Refused::Busy)?.tsc_aux.unwrap_or(0)),
             (Register::ApicBase, None) => Ok(self.user_apic_base),
@@ -122,11 +101,11 @@ impl<V: Vendor> State<V> {
             }
             Write::Register(register, value) => (register, value),
         };
-        if let Some(register) = hardware(register) {
-            self.hw.set_msr(register, value);
-            return Ok(());
-        }
         let work = match (register, &mut self.lapic) {
+            (Register::Hardware(register), _) => {
+                self.hw.set_msr(register, value);
+                return Ok(());
+            }
             (Register::Tsc, _) if by == By::Host => {
                 self.hw.set_tsc_offset(vm.clock.write_tsc(value));
                 self.clock.request_update();
@@ -183,7 +162,8 @@ impl<V: Vendor> State<V> {
         (self.gpr(Gpr::Rcx) as u32, self.gpr(Gpr::Rdx) << 32 | self.gpr(Gpr::Rax) & 0xFFFF_FFFF)
     }
 
-    fn rdmsr(&mut self, vm: &Vm<V>, fpu: Option<&GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
+    /// RDMSR. In the inner ring without `fpu`, which is loaded there.
+    pub(crate) fn handle_rdmsr(&mut self, vm: &Vm<V>, fpu: Option<&GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
         let (index, _) = self.msr_operands();
         match self.read_msr(vm, fpu, index, By::Guest) {
             Ok(value) => {
@@ -197,7 +177,8 @@ impl<V: Vendor> State<V> {
         Ok(())
     }
 
-    fn wrmsr(&mut self, vm: &Vm<V>, fpu: Option<&mut GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
+    /// WRMSR, as above.
+    pub(crate) fn handle_wrmsr(&mut self, vm: &Vm<V>, fpu: Option<&mut GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
         let (index, value) = self.msr_operands();
         // The length first: what the write does must not happen twice.
         let next = self.next_instruction(vm, Intercepted::Wrmsr, may_sleep)?;
@@ -207,25 +188,5 @@ impl<V: Vendor> State<V> {
             Err(Refused::Busy) => return Err(NotNow),
         }
         Ok(())
-    }
-
-    /// RDMSR in the inner ring.
-    pub(crate) fn handle_rdmsr(&mut self, vm: &Vm<V>, may_sleep: bool) -> Result<(), NotNow> {
-        self.rdmsr(vm, None, may_sleep)
-    }
-
-    /// WRMSR in the inner ring.
-    pub(crate) fn handle_wrmsr(&mut self, vm: &Vm<V>, may_sleep: bool) -> Result<(), NotNow> {
-        self.wrmsr(vm, None, may_sleep)
-    }
-}
-
-impl<V: Vendor> Core<V> {
-    pub(crate) fn handle_rdmsr_slow(&mut self, vm: &Vm<V>) -> Result<(), NotNow> {
-        self.state.rdmsr(vm, Some(&self.fpu), true)
-    }
-
-    pub(crate) fn handle_wrmsr_slow(&mut self, vm: &Vm<V>) -> Result<(), NotNow> {
-        self.state.wrmsr(vm, Some(&mut self.fpu), true)
     }
 }

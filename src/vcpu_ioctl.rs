@@ -8,7 +8,7 @@ use crate::{
     abi::{ioctl::*, vcpu::*, vm::KvmEnableCap, FromZeros, IntoBytes},
     arch::{cr::dr, Gpa, Gva, Hva},
     dev::each_msr,
-    glue::{lock::lock_killable, timer, user},
+    glue::{fpu, lock::lock_killable, timer, user},
     guest::{
         check::{self, Allowed},
         event::{vector, Event, Exception},
@@ -323,8 +323,7 @@ impl<V: Vendor> Core<V> {
         let mut fpu = KvmFpu::new_zeroed();
         let image = self.fpu.image();
         let half = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
-        let word =
-            |at: usize| image.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
+        let word = |at| fpu::word_at(image, at).unwrap_or(0);
         fpu.fcw = half(0);
         fpu.fsw = half(2);
         fpu.ftwx = image[4];
