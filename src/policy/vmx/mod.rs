@@ -4,12 +4,15 @@
 
 pub mod event;
 pub mod exit;
+pub mod guest_state;
 pub mod negotiate;
 
 #[cfg(test)]
 mod cpus;
 #[cfg(test)]
 mod exit_tests;
+#[cfg(test)]
+mod guest_state_tests;
 #[cfg(test)]
 mod negotiate_tests;
 
