@@ -13,7 +13,7 @@ use crate::{
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer},
-    guest::{event::vector, exit::NestedFault, Exception},
+    guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
     mmu::{guest_mem::GuestMem, walk},
@@ -106,6 +106,20 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
         self.state.hw.tr()
     }
 
+    fn set_tss(&mut self, value: &Segment) {
+        let regs = SystemRegs { tr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
+    }
+
+    fn ldt(&self) -> Segment {
+        self.state.hw.system_regs().ldtr
+    }
+
+    fn set_ldt(&mut self, value: &Segment) {
+        let regs = SystemRegs { ldtr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
+    }
+
     fn table(&self, which: Table) -> DescriptorTable {
         match which {
             Table::Gdt => self.state.hw.gdtr(),
@@ -189,6 +203,7 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
             Access::Write => walk::Access::WRITE,
             Access::Execute => walk::Access::EXECUTE,
             Access::SystemRead => walk::Access::SYSTEM_READ,
+            Access::SystemWrite => walk::Access::SYSTEM_WRITE,
         };
         let context = self.state.walk_context(self.fpu.pkru());
         match walk::walk(self.view(), &context, at, access) {
