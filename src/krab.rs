@@ -26,6 +26,7 @@ mod policy;
 mod clock;
 mod dev;
 mod emulation;
+mod enable_cap;
 mod exits;
 mod irq;
 mod memory;

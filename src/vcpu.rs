@@ -17,6 +17,7 @@ use crate::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
             KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
         },
+        vm::KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
     },
     arch::{
         cr::rflags,
@@ -41,6 +42,7 @@ use crate::{
         lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
         Message,
     },
+    msrs::MsrFilter,
     new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
     vendor::{Vendor, VendorVcpu},
@@ -53,6 +55,8 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
+    /// The VM has another MSR filter.
+    pub(crate) const MSR_FILTER: u64 = 1 << 2;
 }
 
 /// What other threads see of a vCPU.
@@ -196,6 +200,12 @@ pub(crate) enum Pending {
     },
     /// The emulator has more to do.
     Emulation,
+    /// RDMSR or WRMSR at `rip`, which userspace carries out.
+    Msr {
+        read: bool,
+        rip: u64,
+        next_rip: u64,
+    },
 }
 
 /// Everything of a vCPU but the extended state: what the run loop works on.
@@ -207,6 +217,12 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
     pub(crate) caps: GuestCaps,
     pub(crate) msrs: KBox<MsrState>,
+    /// Accesses that userspace denies.
+    pub(crate) msr_filter: Option<Arc<MsrFilter>>,
+    /// The guest may use only those paravirtual features that its CPUID shows.
+    pub(crate) enforce_pv: bool,
+    /// Paravirtual features that the guest may use.
+    pub(crate) pv_features: u32,
     pub(crate) mp_state: MpState,
     /// From KVM_INTERRUPT, without a local APIC.
     pub(crate) user_interrupt: Option<u8>,
@@ -274,17 +290,20 @@ impl<V: Vendor> Vcpu<V> {
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
+        let boot = id == vm.enabled.boot_cpu();
         let lapic = match vm.has_irqchip() {
-            true => Some(KBox::new(Lapic::new(id, id == 0, Default::default()), GFP_KERNEL_ACCOUNT)?),
+            true => Some(KBox::new(Lapic::new(id, boot, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
-        let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
-        let msrs = KBox::new(MsrState::new(&vm.host.msr_config), GFP_KERNEL_ACCOUNT)?;
+        let mp_state = if lapic.is_some() && !boot { MpState::Uninitialized } else { MpState::Runnable };
+        let stuffed = vm.enabled.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS);
+        let msrs = KBox::new(MsrState::new(&vm.host.msr_config, stuffed), GFP_KERNEL_ACCOUNT)?;
+        let msr_filter = vm.msr_filter.lock().clone();
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
         let (run, data) = (SharedPage::new()?, SharedPage::new()?);
         let index = vm.peers.add(peer.clone())?;
-        let mut state = State {
+        let mut state = State::<V> {
             hw,
             regs: Regs::default(),
             events: EventQueue::default(),
@@ -292,6 +311,9 @@ impl<V: Vendor> Vcpu<V> {
             cpuid,
             caps,
             msrs,
+            msr_filter,
+            enforce_pv: false,
+            pv_features: u32::MAX,
             mp_state,
             user_interrupt: None,
             pic_signal: false,
@@ -305,9 +327,10 @@ impl<V: Vendor> Vcpu<V> {
             clock: VcpuClock::default(),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
-            user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
+            user_apic_base: 0xFEE0_0800 | if boot { 0x100 } else { 0 },
         };
         state.regs = RESET_REGS;
+        state.hw.want_all_msrs(state.msr_filter.is_some());
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
             card.publish(lapic.card());
         }

@@ -98,6 +98,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_nmi_window(&mut self, wanted: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
+    fn want_all_msrs(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

@@ -16,20 +16,22 @@ use crate::{
         ioctl::*,
         irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
         vm::{
-            KvmClockData, KvmDirtyLog, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
-            KVM_CLOCK_TSC_STABLE,
+            KvmClockData, KvmDirtyLog, KvmEnableCap, KvmMsrFilter, KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2,
+            KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
         },
         FromZeros,
     },
     arch::Hva,
     clock::VmClock,
     dev::{Host, InUse, MAX_VCPUS},
+    enable_cap::Enabled,
     glue::{
         fd::{self, FileOperations},
         timer, user,
     },
     irq::Irq,
     memory::Memory,
+    msrs::MsrFilter,
     vcpu::{request, Peers, Vcpu},
     vendor::Vendor,
 };
@@ -43,10 +45,14 @@ pub(crate) struct Vm<V: Vendor> {
     pub(crate) irq: Irq,
     /// Held while something is made that others must not make at the same time.
     #[pin]
-    setup: Mutex<()>,
+    pub(crate) setup: Mutex<()>,
     pub(crate) peers: Arc<Peers>,
     #[pin]
     pub(crate) clock: VmClock,
+    pub(crate) enabled: Enabled,
+    /// What KVM_X86_SET_MSR_FILTER set. A vCPU has its own reference; [`request::MSR_FILTER`] makes it take this one.
+    #[pin]
+    pub(crate) msr_filter: Mutex<Option<Arc<MsrFilter>>>,
     /// Last: the extension is needed until everything else is gone.
     pub(crate) host: InUse<V>,
 }
@@ -64,6 +70,8 @@ impl<V: Vendor> Vm<V> {
                 setup <- new_mutex!(()),
                 peers,
                 clock <- VmClock::new(),
+                enabled: Enabled::new(),
+                msr_filter <- new_mutex!(None),
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
@@ -116,10 +124,30 @@ impl<V: Vendor> FileOperations for Vm<V> {
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
                 let _setup = this.setup.lock();
+                if !this.enabled.takes_id(arg) {
+                    return Err(EINVAL);
+                }
                 Ok(fd::anon_fd(Vcpu::new(this.into(), id)?)? as isize)
             }
             KVM_SET_USER_MEMORY_REGION => {
                 this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;
+                Ok(0)
+            }
+            // There is no guest_memfd: its flag is EINVAL, and so the rest of the structure means nothing.
+            KVM_SET_USER_MEMORY_REGION2 => {
+                this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion2>(at)?.into())?;
+                Ok(0)
+            }
+            KVM_ENABLE_CAP => {
+                this.enable_cap(&user::read::<KvmEnableCap>(at)?)?;
+                Ok(0)
+            }
+            KVM_SET_BOOT_CPU_ID => {
+                this.set_boot_cpu(arg)?;
+                Ok(0)
+            }
+            KVM_X86_SET_MSR_FILTER => {
+                this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
                 Ok(0)
             }
             KVM_GET_DIRTY_LOG => {

@@ -123,7 +123,7 @@ ioctls! {
     KVM_SET_USER_MEMORY_REGION = iow::<KvmUserspaceMemoryRegion>(0x46), 0x4020_AE46, V, Supported;
     KVM_SET_TSS_ADDR = io(0x47), 0xAE47, V, Supported, "accepted and not used";
     KVM_SET_IDENTITY_MAP_ADDR = iow::<u64>(0x48), 0x4008_AE48, V, Supported, "accepted and not used";
-    KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Refused, "no guest_memfd";
+    KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Supported, "no guest_memfd";
     KVM_CREATE_IRQCHIP = io(0x60), 0xAE60, V, Supported;
     KVM_IRQ_LINE = iow::<KvmIrqLevel>(0x61), 0x4008_AE61, V, Supported;
     KVM_GET_IRQCHIP = iowr::<KvmIrqchip>(0x62), 0xC208_AE62, V, Supported;
@@ -138,7 +138,7 @@ ioctls! {
     KVM_REINJECT_CONTROL = io(0x71), 0xAE71, V, Refused;
     KVM_IRQFD = iow::<KvmIrqfd>(0x76), 0x4020_AE76, V, Supported;
     KVM_CREATE_PIT2 = iow::<KvmPitConfig>(0x77), 0x4040_AE77, V, Supported;
-    KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Refused;
+    KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Supported;
     KVM_IOEVENTFD = iow::<KvmIoeventfd>(0x79), 0x4040_AE79, V, Supported;
     KVM_XEN_HVM_CONFIG = number(WRITE, 0x7A, 56), 0x4038_AE7A, V, Refused;
     KVM_SET_CLOCK = iow::<KvmClockData>(0x7B), 0x4030_AE7B, V, Supported;
@@ -180,7 +180,7 @@ ioctls! {
     KVM_SET_VCPU_EVENTS = iow::<KvmVcpuEvents>(0xA0), 0x4040_AEA0, C, Supported;
     KVM_GET_DEBUGREGS = ior::<KvmDebugregs>(0xA1), 0x8080_AEA1, C, Supported;
     KVM_SET_DEBUGREGS = iow::<KvmDebugregs>(0xA2), 0x4080_AEA2, C, Supported;
-    KVM_ENABLE_CAP = iow::<KvmEnableCap>(0xA3), 0x4068_AEA3, V.or(C), Refused;
+    KVM_ENABLE_CAP = iow::<KvmEnableCap>(0xA3), 0x4068_AEA3, V.or(C), Supported;
     KVM_GET_XSAVE = ior::<KvmXsave>(0xA4), 0x9000_AEA4, C, Supported;
     KVM_SET_XSAVE = iow::<KvmXsave>(0xA5), 0x5000_AEA5, C, Supported;
     KVM_GET_XCRS = ior::<KvmXcrs>(0xA6), 0x8188_AEA6, C, Supported;
@@ -198,7 +198,7 @@ ioctls! {
     KVM_SET_NESTED_STATE = number(WRITE, 0xBF, 128), 0x4080_AEBF, C, Refused, "no nested virtualization";
     KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Refused;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
-    KVM_X86_SET_MSR_FILTER = number(WRITE, 0xC6, 392), 0x4188_AEC6, V, Refused;
+    KVM_X86_SET_MSR_FILTER = iow::<KvmMsrFilter>(0xC6), 0x4188_AEC6, V, Supported;
     KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;
     KVM_XEN_HVM_GET_ATTR = number(READ | WRITE, 0xC8, 72), 0xC048_AEC8, V, Refused;
     KVM_XEN_HVM_SET_ATTR = number(WRITE, 0xC9, 72), 0x4048_AEC9, V, Refused;

@@ -32,6 +32,8 @@ pub struct Dynamic {
     pub apic_enabled: bool,
     pub xcr0: u64,
     pub xss: u64,
+    /// MISC_ENABLE's word about MONITOR and MWAIT, where CPUID follows that.
+    pub mwait: Option<bool>,
 }
 
 /// Entries in the order userspace gave them, and an open-addressed index by leaf over them. `E` owns or borrows the
@@ -128,6 +130,9 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
             (1, _) => {
                 assign(ecx, leaf1_ecx::OSXSAVE, dynamic.cr4 & cr4::OSXSAVE != 0);
                 assign(edx, leaf1_edx::APIC, dynamic.apic_enabled);
+                if let Some(mwait) = dynamic.mwait {
+                    assign(ecx, leaf1_ecx::MONITOR, mwait);
+                }
             }
             (7, 0) => assign(ecx, leaf7_ecx::OSPKE, dynamic.cr4 & cr4::PKE != 0),
             (0xD, 0) => *ebx = self.xsave_bytes(dynamic.xcr0, false),

@@ -471,6 +471,11 @@ impl VendorVcpu for SvmVcpu {
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
     }
 
+    fn want_all_msrs(&mut self, wanted: bool) {
+        let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
+        self.vmcb.control.msrpm_base = map.address().0;
+    }
+
     #[inline]
     fn tpr(&self) -> u8 {
         (self.vmcb.control.int_ctl & 0xF) as u8
