@@ -5,6 +5,7 @@
 use kernel::prelude::*;
 
 use crate::{
+    abi::stats::VcpuStat,
     arch::{
         cr::dr,
         segment::{DescriptorTable, Segment, SegmentName},
@@ -267,6 +268,7 @@ impl<V: Vendor> Vcpu<V> {
             let found = found.filter(|found| found.rip == rip);
             let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, lost: false };
             let step = emulator.step(&mut emulated, code);
+            self.peer.stats.count(VcpuStat::InsnEmulation);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
@@ -329,6 +331,7 @@ impl<V: Vendor> Vcpu<V> {
     /// An instruction that cannot be emulated. The guest's user code gets #UD, so that it cannot end the guest, unless userspace
     /// wants to see every such instruction.
     fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
+        self.peer.stats.count(VcpuStat::InsnEmulationFail);
         core.emulator.reset();
         let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());
         let always = self.vm.enabled.exit_on_emulation_failure();

@@ -307,6 +307,7 @@ impl<V: Vendor> State<V> {
                     }
                 }
             }
+            Exit::Exception(Exception { vector: vector::UD, .. }) => return Handled::Slow,
             Exit::Exception(exception) => {
                 self.handle_exception(*exception);
                 Ok(())
@@ -353,16 +354,21 @@ impl<V: Vendor> State<V> {
         self.events.raise(exception);
     }
 
-    pub(crate) fn handle_cpuid(&mut self, vm: &Vm<V>, xcr0: u64, may_sleep: bool) -> Result<(), NotNow> {
-        self.skip(vm, Intercepted::Cpuid, may_sleep)?;
+    /// What CPUID says beside its table.
+    pub(crate) fn cpuid_dynamic(&self, vm: &Vm<V>, xcr0: u64) -> Dynamic {
         let follows = !vm.enabled.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT);
-        let dynamic = Dynamic {
+        Dynamic {
             cr4: self.hw.cr4(),
             apic_enabled: self.apic_base() & 1 << 11 != 0,
             xcr0,
             xss: 0,
             mwait: follows.then(|| self.msrs.mwait()),
-        };
+        }
+    }
+
+    pub(crate) fn handle_cpuid(&mut self, vm: &Vm<V>, xcr0: u64, may_sleep: bool) -> Result<(), NotNow> {
+        self.skip(vm, Intercepted::Cpuid, may_sleep)?;
+        let dynamic = self.cpuid_dynamic(vm, xcr0);
         let [eax, ebx, ecx, edx] =
             self.cpuid.query(self.gpr(Gpr::Rax) as u32, self.gpr(Gpr::Rcx) as u32, &dynamic).map(u64::from);
         self.set_gpr(Gpr::Rax, eax);
@@ -379,18 +385,6 @@ impl<V: Vendor> State<V> {
                 true => self.cpuid.leaf(1, 0)[2] & leaf1_ecx::MONITOR != 0,
                 false => self.msrs.mwait(),
             }
-    }
-
-    /// KVM's hypercalls: none is offered in CPUID, so each is answered with "no such call".
-    pub(crate) fn handle_hypercall(&mut self, vm: &Vm<V>, may_sleep: bool) -> Result<(), NotNow> {
-        /// `KVM_ENOSYS` and `EPERM` of `linux/kvm_para.h`.
-        const ENOSYS: i64 = -1000;
-        const EPERM: i64 = -1;
-        self.skip(vm, Intercepted::Hypercall, may_sleep)?;
-        let result = if self.hw.cpl() == 0 { ENOSYS } else { EPERM } as u64;
-        let long = self.mode() == Mode::Long64;
-        self.set_gpr(Gpr::Rax, if long { result } else { result & 0xFFFF_FFFF });
-        Ok(())
     }
 
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
@@ -529,6 +523,10 @@ impl<V: Vendor> Vcpu<V> {
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),
             Exit::Monitor => state.skip(vm, Intercepted::Monitor, true),
             Exit::Mwait => state.skip(vm, Intercepted::Mwait, true),
+            Exit::Exception(_) => {
+                state.handle_undefined(vm);
+                Ok(())
+            }
             Exit::Xsetbv => self.handle_xsetbv(core),
             Exit::Shutdown => {
                 // What the CPU leaves of the guest's state is undefined on AMD: it becomes that after INIT.

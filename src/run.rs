@@ -14,6 +14,7 @@ use crate::{
             self, ExitMsr, KVM_EXIT_INTR, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
             KVM_SYNC_X86_VALID_FIELDS,
         },
+        stats::VcpuStat,
         vcpu::KvmRegs,
     },
     arch::cr::{cr4, rflags},
@@ -24,7 +25,7 @@ use crate::{
         cpu::{self, IrqsOff},
         kick::InGuest,
         lock::lock_killable,
-        signal, task,
+        signal, task, timer,
     },
     guest::{exit::NestedFault, queue::Readiness, Event, Exception, Exit},
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
@@ -49,6 +50,7 @@ impl<V: Vendor> Vcpu<V> {
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
+        core.state.update_steal_time(&self.vm);
         let _mask = core.signal_mask.map(signal::Masked::new);
         self.take_registers(core)?;
         self.take_user_state(core)?;
@@ -57,6 +59,7 @@ impl<V: Vendor> Vcpu<V> {
             Ok(reason) => reason.report(&self.run),
             // With `immediate_exit` userspace still reads what the last call told.
             Err(error) if *error == EINTR && self.run.load::<u8>(run::IMMEDIATE_EXIT) == 0 => {
+                self.peer.stats.count(VcpuStat::SignalExits);
                 self.run.store(run::EXIT_REASON, KVM_EXIT_INTR);
             }
             Err(_) => {}
@@ -203,11 +206,13 @@ impl<V: Vendor> Vcpu<V> {
         core.state.drain_inbox(&self.vm, &self.peer);
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
+            self.peer.stats.count(VcpuStat::TlbFlush);
             core.state.forget_translations();
         }
         if requests & request::CLOCK != 0 {
             core.state.update_clock(&self.vm);
         }
+        core.state.unhalted |= requests & request::UNHALT != 0;
         if requests & request::MSR_FILTER != 0 {
             core.state.update_msr_filter(&self.vm);
         }
@@ -218,16 +223,24 @@ impl<V: Vendor> Vcpu<V> {
         let state = &mut core.state;
         if state.wakes_up() {
             state.mp_state = MpState::Runnable;
+            state.unhalted = false;
             return Ok(());
         }
         let peer = &self.peer;
-        peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0)
+        let began = timer::now_ns();
+        peer.stats.set(VcpuStat::Blocking, 1);
+        let woken = peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0);
+        peer.stats.set(VcpuStat::Blocking, 0);
+        peer.stats.count(VcpuStat::HaltWakeup);
+        peer.stats.add(VcpuStat::HaltWaitNs, timer::now_ns().saturating_sub(began));
+        woken
     }
 
     /// The inner ring.
     fn run_guest(&self, core: &mut Core<V>) -> Slow {
         let Core { state, fpu, .. } = core;
         let window = fpu.enter();
+        self.peer.stats.count(VcpuStat::FpuReload);
         let user_window = state.lapic.is_none() && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
         let mut first = true;
         loop {
@@ -270,6 +283,7 @@ impl<V: Vendor> Vcpu<V> {
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
                 state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
+                self.peer.stats.exit(&exit);
                 state.after_exit();
                 match exit {
                     Exit::HostInterrupt | Exit::HostNmi => break,
@@ -360,6 +374,7 @@ impl<V: Vendor> State<V> {
         ready
             && (self.events.nmis > 0 && !self.events.nmi_masked
                 || self.events.exception.is_some()
+                || self.unhalted
                 || self.interrupt_waits() && self.regs.rflags & rflags::IF != 0)
     }
 

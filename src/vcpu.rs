@@ -13,6 +13,7 @@ use crate::{
     abi::{
         ioctl::KVM_RUN,
         pvclock::TscScale,
+        stats::VmStat,
         vcpu::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
             KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
@@ -45,6 +46,7 @@ use crate::{
     msrs::MsrFilter,
     new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
+    stats::{VcpuStats, VmStats},
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -57,6 +59,8 @@ pub(crate) mod request {
     pub(crate) const CLOCK: u64 = 1 << 1;
     /// The VM has another MSR filter.
     pub(crate) const MSR_FILTER: u64 = 1 << 2;
+    /// Another CPU of the guest wakes this one, without an interrupt.
+    pub(crate) const UNHALT: u64 = 1 << 3;
 }
 
 /// What other threads see of a vCPU.
@@ -65,6 +69,7 @@ pub(crate) struct Peer {
     pub(crate) id: u32,
     pub(crate) inbox: Inbox,
     pub(crate) kick: KickPoint,
+    pub(crate) stats: VcpuStats,
 }
 
 /// All vCPUs of a VM, in the order they were made. They stay until the VM goes.
@@ -72,6 +77,7 @@ pub(crate) struct Peers {
     peers: KVVec<SetOnce<Arc<Peer>>>,
     cards: KVVec<CardCell>,
     count: AtomicUsize,
+    pub(crate) stats: VmStats,
 }
 
 impl Peers {
@@ -82,7 +88,7 @@ impl Peers {
             peers.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0) }, GFP_KERNEL_ACCOUNT)?)
+        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new() }, GFP_KERNEL_ACCOUNT)?)
     }
 
     /// Adds a vCPU and returns its index. The caller keeps others from adding at the same time. `EEXIST` when the id is taken,
@@ -116,7 +122,9 @@ impl Peers {
 
     /// Makes every vCPU forget its translations, and waits until none runs guest code with old ones.
     pub(crate) fn flush_tlbs(&self) {
+        self.stats.count(VmStat::RemoteTlbFlushRequests);
         KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::FLUSH_TLB);
+        self.stats.count(VmStat::RemoteTlbFlush);
     }
 
     /// Delivers an interrupt message. Returns how many vCPUs took it, or `None` when it was for nobody; vCPUs where it was pending
@@ -135,6 +143,18 @@ impl Peers {
             }
         });
         (matched > 0).then_some(new)
+    }
+
+    /// Delivers an interrupt message to the vCPU number `index`. Whether it took it and had none like it pending.
+    pub(crate) fn deliver_to(&self, index: usize, message: &Message) -> bool {
+        let accepts = self.cards.get(index).is_some_and(|card| card.card().accepts(message.delivery));
+        match self.get(index) {
+            Some(peer) if accepts && peer.inbox.post(message) == Posted::New => {
+                peer.kick.kick();
+                true
+            }
+            _ => false,
+        }
     }
 }
 
@@ -224,6 +244,8 @@ pub(crate) struct State<V: Vendor> {
     /// Paravirtual features that the guest may use.
     pub(crate) pv_features: u32,
     pub(crate) mp_state: MpState,
+    /// The next halt ends at once: the hypercall KICK_CPU came.
+    pub(crate) unhalted: bool,
     /// From KVM_INTERRUPT, without a local APIC.
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
@@ -283,7 +305,10 @@ pub(crate) struct Vcpu<V: Vendor> {
 impl<V: Vendor> Vcpu<V> {
     /// A vCPU in its reset state. Adds itself to the VM's; the caller keeps others from adding at the same time.
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
-        let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
+        let peer = Arc::new(
+            Peer { id, inbox: Inbox::new(), kick: KickPoint::new(), stats: VcpuStats::new() },
+            GFP_KERNEL_ACCOUNT,
+        )?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
@@ -315,6 +340,7 @@ impl<V: Vendor> Vcpu<V> {
             enforce_pv: false,
             pv_features: u32::MAX,
             mp_state,
+            unhalted: false,
             user_interrupt: None,
             pic_signal: false,
             cr8: 0,

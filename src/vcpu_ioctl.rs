@@ -18,6 +18,7 @@ use crate::{
     irqchip::lapic::STATE_BYTES,
     mmu::walk,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
+    stats::StatsFile,
     vcpu::{request, Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
@@ -110,13 +111,19 @@ impl<V: Vendor> Vcpu<V> {
             KVM_SET_CPUID2 => with(at, |head: KvmCpuid2| core.set_cpuid(self, at, &head)),
             KVM_GET_CPUID2 => {
                 let mut head: KvmCpuid2 = user::read(at)?;
-                let entries = core.state.cpuid.entries();
+                let dynamic = core.state.cpuid_dynamic(vm, core.fpu.xcr0());
+                let table = &core.state.cpuid;
+                let entries = table.entries();
                 if (head.nent as usize) < entries.len() {
                     return Err(E2BIG);
                 }
                 head.nent = entries.len() as u32;
                 user::write(at, &head)?;
-                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), entries)?;
+                let mut copy = KVVec::with_capacity(entries.len(), GFP_KERNEL)?;
+                for entry in entries {
+                    copy.push(table.current(entry, &dynamic), GFP_KERNEL)?;
+                }
+                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), &copy[..])?;
                 Ok(0)
             }
             KVM_GET_MP_STATE => {
@@ -183,6 +190,7 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.hw.set_dr7(regs.dr7 & dr::DR7_WRITABLE | dr::DR7_INIT);
                 Ok(())
             }),
+            KVM_GET_STATS_FD => StatsFile::open(vm.peers.clone(), Some(self.peer.clone())),
             KVM_ENABLE_CAP => with(at, |cap: KvmEnableCap| core.enable_cap(&cap)),
             KVM_X86_SETUP_MCE => with(at, |cap: u64| core.state.msrs.setup_mce(cap).map_err(|_| EINVAL)),
             KVM_SET_SIGNAL_MASK => {
@@ -276,9 +284,13 @@ impl<V: Vendor> State<V> {
 
 impl<V: Vendor> Core<V> {
     pub(crate) fn set_regs(&mut self, regs: &KvmRegs) {
+        let same_place = self.state.regs.rip == regs.rip;
         self.state.regs = Regs::from(regs);
         self.state.events.exception = None;
-        self.emulator.reset();
+        // An instruction that waits for userspace goes on with the new registers, unless the guest is somewhere else now.
+        if !same_place {
+            self.emulator.reset();
+        }
     }
 
     pub(crate) fn set_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {

@@ -38,6 +38,9 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// How its nested tables look.
     type NestedFormat: Format + Send + Sync + 'static;
 
+    /// Its hypercall instruction: VMCALL, or VMMCALL.
+    const HYPERCALL: [u8; 3];
+
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
 

@@ -8,7 +8,7 @@
 use kernel::{
     new_mutex,
     prelude::*,
-    sync::{Arc, ArcBorrow, Mutex},
+    sync::{Arc, ArcBorrow, Mutex, SetOnce},
 };
 
 use crate::{
@@ -26,12 +26,14 @@ use crate::{
     dev::{Host, InUse, MAX_VCPUS},
     enable_cap::Enabled,
     glue::{
+        debugfs::Folder,
         fd::{self, FileOperations},
         timer, user,
     },
     irq::Irq,
     memory::Memory,
     msrs::MsrFilter,
+    stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
     vendor::Vendor,
 };
@@ -50,6 +52,8 @@ pub(crate) struct Vm<V: Vendor> {
     #[pin]
     pub(crate) clock: VmClock,
     pub(crate) enabled: Enabled,
+    /// Its place in debugfs.
+    folder: SetOnce<Folder<Peers>>,
     /// What KVM_X86_SET_MSR_FILTER set. A vCPU has its own reference; [`request::MSR_FILTER`] makes it take this one.
     #[pin]
     pub(crate) msr_filter: Mutex<Option<Arc<MsrFilter>>>,
@@ -71,11 +75,17 @@ impl<V: Vendor> Vm<V> {
                 peers,
                 clock <- VmClock::new(),
                 enabled: Enabled::new(),
+                folder: SetOnce::new(),
                 msr_filter <- new_mutex!(None),
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
         )?)
+    }
+
+    /// Shows the VM in debugfs under the descriptor it got.
+    pub(crate) fn show(&self, fd: i32) {
+        self.folder.populate(Folder::new(fd, self.peers.clone()));
     }
 
     /// Whether interrupt controllers are in the kernel.
@@ -150,6 +160,10 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
                 Ok(0)
             }
+            KVM_GET_STATS_FD => StatsFile::open(this.peers.clone(), None),
+            // Tables are not limited: with nested paging KVM does not shrink them either.
+            KVM_SET_NR_MMU_PAGES if arg < 64 => Err(EINVAL),
+            KVM_SET_NR_MMU_PAGES => Ok(0),
             KVM_GET_DIRTY_LOG => {
                 this.memory.get_dirty_log(&user::read::<KvmDirtyLog>(at)?)?;
                 Ok(0)

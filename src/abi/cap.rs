@@ -91,7 +91,7 @@ macro_rules! capabilities {
 capabilities! {
     KVM_CAP_IRQCHIP = 0, Value(1);
     KVM_CAP_HLT = 1, Value(1);
-    KVM_CAP_MMU_SHADOW_CACHE_CONTROL = 2, No;
+    KVM_CAP_MMU_SHADOW_CACHE_CONTROL = 2, Value(1);
     KVM_CAP_USER_MEMORY = 3, Value(1);
     KVM_CAP_SET_TSS_ADDR = 4, Value(1);
     KVM_CAP_VAPIC = 6, No;
@@ -201,7 +201,7 @@ capabilities! {
     KVM_CAP_HYPERV_ENFORCE_CPUID = 199, No;
     KVM_CAP_SREGS2 = 200, No;
     KVM_CAP_EXIT_HYPERCALL = 201, No;
-    KVM_CAP_BINARY_STATS_FD = 203, No;
+    KVM_CAP_BINARY_STATS_FD = 203, Value(1);
     KVM_CAP_EXIT_ON_EMULATION_FAILURE = 204, Value(1);
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM = 206, No;
     KVM_CAP_VM_GPA_BITS = 207, No;

@@ -118,7 +118,7 @@ ioctls! {
 
     KVM_CREATE_VCPU = io(0x41), 0xAE41, V, Supported;
     KVM_GET_DIRTY_LOG = iow::<KvmDirtyLog>(0x42), 0x4010_AE42, V, Supported;
-    KVM_SET_NR_MMU_PAGES = io(0x44), 0xAE44, V, Refused, "no limit on page table pages";
+    KVM_SET_NR_MMU_PAGES = io(0x44), 0xAE44, V, Supported, "accepted and not used";
     KVM_GET_NR_MMU_PAGES = io(0x45), 0xAE45, V, Refused, "deprecated in KVM";
     KVM_SET_USER_MEMORY_REGION = iow::<KvmUserspaceMemoryRegion>(0x46), 0x4020_AE46, V, Supported;
     KVM_SET_TSS_ADDR = io(0x47), 0xAE47, V, Supported, "accepted and not used";
@@ -206,7 +206,7 @@ ioctls! {
     KVM_XEN_VCPU_SET_ATTR = number(WRITE, 0xCB, 72), 0x4048_AECB, C, Refused;
     KVM_GET_SREGS2 = ior::<KvmSregs2>(0xCC), 0x8140_AECC, C, Refused;
     KVM_SET_SREGS2 = iow::<KvmSregs2>(0xCD), 0x4140_AECD, C, Refused;
-    KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Refused;
+    KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Supported;
     KVM_GET_XSAVE2 = ior::<KvmXsave>(0xCF), 0x9000_AECF, C, Supported;
     KVM_XEN_HVM_EVTCHN_SEND = number(WRITE, 0xD0, 12), 0x400C_AED0, V, Refused;
     KVM_SET_MEMORY_ATTRIBUTES = iow::<KvmMemoryAttributes>(0xD2), 0x4020_AED2, V, Refused;

@@ -82,7 +82,7 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
         Ok(table)
     }
 
-    /// As userspace gave them: what KVM_GET_CPUID2 returns.
+    /// As userspace gave them.
     pub fn entries(&self) -> &[KvmCpuidEntry2] {
         &self.entries
     }
@@ -120,6 +120,12 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
             Some(entry) => self.patched(entry, index, dynamic),
             None => self.query_missing(function, index, dynamic),
         }
+    }
+
+    /// An entry as the guest sees it now: what KVM_GET_CPUID2 returns.
+    pub fn current(&self, entry: &KvmCpuidEntry2, dynamic: &Dynamic) -> KvmCpuidEntry2 {
+        let [eax, ebx, ecx, edx] = self.patched(entry, entry.index, dynamic);
+        KvmCpuidEntry2 { eax, ebx, ecx, edx, ..*entry }
     }
 
     #[inline]

@@ -26,8 +26,9 @@ use crate::{
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 const MISC1: u32 = misc1::INTR
     | misc1::NMI
@@ -85,6 +86,8 @@ pub(crate) struct SvmVcpu {
 impl Vendor for Svm {
     type Vcpu = SvmVcpu;
     type NestedFormat = Npt;
+    /// VMMCALL.
+    const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
     fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
