@@ -3,7 +3,6 @@
 #include <linux/anon_inodes.h>
 #include <linux/clocksource_ids.h>
 #include <linux/entry-virt.h>
-#include <linux/file.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/reboot.h>
@@ -19,22 +18,6 @@
 #include "helpers.h"
 
 /* fd.rs, page.rs */
-
-int krab_readable_fd(const char *name, const struct file_operations *fops, void *priv)
-{
-	int fd = get_unused_fd_flags(O_CLOEXEC);
-	struct file *file;
-
-	if (fd < 0)
-		return fd;
-	file = anon_inode_getfile_fmode(name, fops, priv, O_RDONLY, FMODE_PREAD);
-	if (IS_ERR(file)) {
-		put_unused_fd(fd);
-		return PTR_ERR(file);
-	}
-	fd_install(fd, file);
-	return fd;
-}
 
 void krab_get_page(struct page *page)
 {

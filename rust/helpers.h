@@ -19,8 +19,9 @@
 #include "cpu.h"
 
 /* fd.rs */
-int anon_inode_getfd(const char *name, const struct file_operations *fops, void *priv, int flags);
-int krab_readable_fd(const char *name, const struct file_operations *fops, void *priv);
+struct file *anon_inode_getfile_fmode(const char *name, const struct file_operations *fops, void *priv, int flags,
+				      fmode_t f_mode);
+static const fmode_t krab_fmode_pread = FMODE_PREAD;
 
 /* debugfs.c */
 struct krab_debugfs_vm;

@@ -143,9 +143,9 @@ impl<V: Vendor> DeviceOperations for System<V> {
             KVM_GET_API_VERSION | KVM_GET_VCPU_MMAP_SIZE => Err(EINVAL),
             KVM_CREATE_VM if arg == 0 => {
                 let vm = Vm::new(self.0.clone())?;
-                let fd = fd::anon_fd(vm.clone())?;
-                vm.show(fd);
-                Ok(fd as isize)
+                let file = fd::anon_file(vm.clone())?;
+                vm.show(file.number());
+                Ok(file.install() as isize)
             }
             KVM_CREATE_VM => Err(EINVAL),
             KVM_CHECK_EXTENSION => Ok(self.0.check_extension(arg)),

@@ -11,9 +11,14 @@ use kernel::prelude::*;
 use crate::{
     abi::{
         cap::*,
-        vm::{KvmEnableCap, KVM_MSR_EXIT_REASON_VALID_MASK, SUPPORTED_QUIRKS},
+        vm::{
+            KvmEnableCap, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+            KVM_MSR_EXIT_REASON_VALID_MASK, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+            KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
+        },
     },
     dev::MAX_VCPUS,
+    irqchip::routing::MAX_ROUTES,
     vcpu::Core,
     vendor::Vendor,
     vm::Vm,
@@ -115,6 +120,28 @@ impl<V: Vendor> Vm<V> {
             KVM_CAP_EXCEPTION_PAYLOAD => enabled.exception_payload.store(value != 0, Relaxed),
             KVM_CAP_X86_TRIPLE_FAULT_EVENT => enabled.triple_fault_event.store(value != 0, Relaxed),
             KVM_CAP_MAX_VCPU_ID => return self.limit_vcpu_ids(value),
+            KVM_CAP_SPLIT_IRQCHIP => {
+                let pins = u16::try_from(value).ok().filter(|&pins| usize::from(pins) <= MAX_ROUTES).ok_or(EINVAL)?;
+                let _setup = self.setup.lock();
+                if self.peers.len() > 0 {
+                    return Err(EEXIST);
+                }
+                return self.irq.split(pins);
+            }
+            KVM_CAP_X2APIC_API if value & !u64::from(KVM_X2APIC_API_VALID_FLAGS) != 0 => return Err(EINVAL),
+            KVM_CAP_X2APIC_API => {
+                let has = |flag: u32| value & u64::from(flag) != 0;
+                let wide_ids = has(KVM_X2APIC_API_USE_32BIT_IDS);
+                self.irq.set_x2apic_api(wide_ids, has(KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK));
+            }
+            KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => {
+                let enable = value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
+                let known = if enable { KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET } else { 0 };
+                if value & !known != 0 {
+                    return Err(EINVAL);
+                }
+                self.memory.set_manual_protect(enable, value & KVM_DIRTY_LOG_INITIALLY_SET != 0);
+            }
             _ => return Err(EINVAL),
         }
         Ok(())

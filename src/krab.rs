@@ -35,6 +35,7 @@ mod msrs;
 mod run;
 mod stats;
 mod svm;
+mod to_user;
 mod vcpu;
 mod vcpu_ioctl;
 mod vendor;

@@ -123,7 +123,7 @@ impl StatsFile {
             Some(peer) => CString::try_from_fmt(fmt!("kvm-{process}/vcpu-{}", peer.id))?,
         };
         let id = stats::padded(text.to_bytes());
-        Ok(fd::snapshot_fd(Arc::new(Self { peers, vcpu, id }, GFP_KERNEL_ACCOUNT)?)? as isize)
+        Ok(fd::anon_fd(Arc::new(Self { peers, vcpu, id }, GFP_KERNEL_ACCOUNT)?)? as isize)
     }
 
     fn table(&self) -> &'static [Stat] {

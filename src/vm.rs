@@ -16,8 +16,8 @@ use crate::{
         ioctl::*,
         irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
         vm::{
-            KvmClockData, KvmDirtyLog, KvmEnableCap, KvmMsrFilter, KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2,
-            KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
+            KvmClearDirtyLog, KvmClockData, KvmDirtyLog, KvmEnableCap, KvmMsrFilter, KvmUserspaceMemoryRegion,
+            KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
         },
         FromZeros,
     },
@@ -88,7 +88,7 @@ impl<V: Vendor> Vm<V> {
         self.folder.populate(Folder::new(fd, self.peers.clone()));
     }
 
-    /// Whether interrupt controllers are in the kernel.
+    /// Whether local APICs are in the kernel.
     pub(crate) fn has_irqchip(&self) -> bool {
         self.irq.exists()
     }
@@ -137,7 +137,12 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 if !this.enabled.takes_id(arg) {
                     return Err(EINVAL);
                 }
-                Ok(fd::anon_fd(Vcpu::new(this.into(), id)?)? as isize)
+                let vcpu = Vcpu::new(this.into(), id)?;
+                let peer = vcpu.peer.clone();
+                // Nothing fails once the vCPU is there: what is refused leaves its id free.
+                let file = fd::anon_file(vcpu)?;
+                this.peers.add(peer);
+                Ok(file.install() as isize)
             }
             KVM_SET_USER_MEMORY_REGION => {
                 this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;
@@ -166,6 +171,10 @@ impl<V: Vendor> FileOperations for Vm<V> {
             KVM_SET_NR_MMU_PAGES => Ok(0),
             KVM_GET_DIRTY_LOG => {
                 this.memory.get_dirty_log(&user::read::<KvmDirtyLog>(at)?)?;
+                Ok(0)
+            }
+            KVM_CLEAR_DIRTY_LOG => {
+                this.memory.clear_dirty_log(&user::read::<KvmClearDirtyLog>(at)?)?;
                 Ok(0)
             }
             // Only VMX without unrestricted guest needs this memory.

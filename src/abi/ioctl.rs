@@ -167,8 +167,8 @@ ioctls! {
     KVM_SET_LAPIC = iow::<KvmLapicState>(0x8F), 0x4400_AE8F, C, Supported;
     KVM_SET_CPUID2 = iow::<KvmCpuid2>(0x90), 0x4008_AE90, C, Supported;
     KVM_GET_CPUID2 = iowr::<KvmCpuid2>(0x91), 0xC008_AE91, C, Supported;
-    KVM_TPR_ACCESS_REPORTING = iowr::<KvmTprAccessCtl>(0x92), 0xC028_AE92, C, Refused;
-    KVM_SET_VAPIC_ADDR = iow::<KvmVapicAddr>(0x93), 0x4008_AE93, C, Refused;
+    KVM_TPR_ACCESS_REPORTING = iowr::<KvmTprAccessCtl>(0x92), 0xC028_AE92, C, Supported;
+    KVM_SET_VAPIC_ADDR = iow::<KvmVapicAddr>(0x93), 0x4008_AE93, C, Supported;
     KVM_GET_MP_STATE = ior::<KvmMpState>(0x98), 0x8004_AE98, C, Supported;
     KVM_SET_MP_STATE = iow::<KvmMpState>(0x99), 0x4004_AE99, C, Supported;
     KVM_NMI = io(0x9A), 0xAE9A, C, Supported;
@@ -196,7 +196,7 @@ ioctls! {
     KVM_HYPERV_EVENTFD = number(WRITE, 0xBD, 24), 0x4018_AEBD, V, Refused;
     KVM_GET_NESTED_STATE = number(READ | WRITE, 0xBE, 128), 0xC080_AEBE, C, Refused, "no nested virtualization";
     KVM_SET_NESTED_STATE = number(WRITE, 0xBF, 128), 0x4080_AEBF, C, Refused, "no nested virtualization";
-    KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Refused;
+    KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Supported;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
     KVM_X86_SET_MSR_FILTER = iow::<KvmMsrFilter>(0xC6), 0x4188_AEC6, V, Supported;
     KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;

@@ -345,6 +345,12 @@ impl Lapic {
         (self.highest_irr != 0).then_some(self.highest_irr)
     }
 
+    /// The highest vector in service.
+    #[inline]
+    pub fn highest_isr(&self) -> Option<u8> {
+        (self.highest_isr != 0).then_some(self.highest_isr)
+    }
+
     /// Priority class (1 to 15) that a pending interrupt has and that the TPR alone holds back: while there is one, the
     /// owner must see the guest lower CR8. `None`: CR8 writes matter to nobody.
     #[inline]
