@@ -395,7 +395,8 @@ impl<V: Vendor> Core<V> {
         let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
         let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
         if self.ran {
-            return self.state.cpuid.same_as(&entries).then_some(()).ok_or(EINVAL);
+            let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
+            return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);
         }
         let table = CpuidTable::new(entries).map_err(|_| EINVAL)?;
         let caps = GuestCaps::derive(|function, index| table.leaf(function, index)).within(&vcpu.vm.host.caps);
