@@ -24,6 +24,7 @@ mod mmu;
 mod policy;
 
 mod clock;
+mod debug;
 mod dev;
 mod emulation;
 mod enable_cap;

@@ -13,13 +13,13 @@ use kernel::{
 };
 
 use crate::{
-    abi::vm::{KvmClearDirtyLog, KvmDirtyLog, KvmUserspaceMemoryRegion},
+    abi::vm::{KvmClearDirtyLog, KvmDirtyLog, KvmPreFaultMemory, KvmUserspaceMemoryRegion},
     arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
     glue::{
         guest_mem::{AddressSpace, Invalidate, Want},
         srcu::{SrcuCell, SrcuGuard},
         tables::{TablePages, TableStock},
-        user,
+        task, user,
     },
     guest::exit::NestedFault,
     mmu::{
@@ -415,6 +415,31 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             drop(retired);
             return Ok(Fault::Mapped);
         }
+    }
+
+    /// KVM_PRE_FAULT_MEMORY: maps a range as if the guest had read it. `range` is what is left when it returns; an error counts only
+    /// where nothing was done. `EINVAL` for a bad range, `ENOENT` where there is no slot, `EINTR` when a signal came.
+    pub(crate) fn pre_fault(&self, range: &mut KvmPreFaultMemory) -> Result {
+        let end = range.gpa.checked_add(range.size).filter(|end| *end > range.gpa);
+        if range.flags != 0 || (range.gpa | range.size) % 4096 != 0 || end.is_none() {
+            return Err(EINVAL);
+        }
+        let asked = range.size;
+        while range.size > 0 {
+            let fault = NestedFault { gpa: Gpa(range.gpa), write: false, execute: false, present: false, walk: false };
+            let work = if task::work_pending() { task::handle_work() } else { Ok(()) };
+            match work.and_then(|()| self.fault(&fault, true)) {
+                Ok(Fault::Mapped) => {
+                    range.gpa = range.gpa.wrapping_add(4096);
+                    range.size = range.size.wrapping_sub(4096);
+                }
+                Ok(Fault::Sleep) => {}
+                Ok(Fault::Mmio) | Err(_) if range.size != asked => return Ok(()),
+                Ok(Fault::Mmio) => return Err(ENOENT),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Guest memory by guest physical address, as it is until the view is dropped. With `may_sleep` off it works with

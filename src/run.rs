@@ -176,6 +176,9 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.update_steal_time(&self.vm);
             }
             self.serve_requests(core);
+            if let Some(reason) = core.state.take_step() {
+                return Ok(reason);
+            }
             if let Some(reason) = core.state.apic_user.take() {
                 return Ok(reason);
             }
@@ -291,7 +294,9 @@ impl<V: Vendor> Vcpu<V> {
                 if state.events.triple_fault {
                     return Slow::Work;
                 }
+                state.debug.before_entry(&mut state.regs.rflags);
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
+                state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
                 self.peer.stats.exit(&exit);
@@ -304,6 +309,7 @@ impl<V: Vendor> Vcpu<V> {
                         Handled::Resume if state.events.is_mid_delivery() => break,
                         // The guest may have changed its task priority without an exit.
                         Handled::Resume if state.apic_user.shared_word.is_some() => return Slow::Work,
+                        Handled::Resume if state.debug.has_stepped() => return Slow::Work,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),
@@ -408,7 +414,7 @@ impl<V: Vendor> State<V> {
                 self.hw.set_tpr(self.cr8);
             }
         }
-        let waits = self.interrupt_waits();
+        let waits = self.interrupt_waits() && !self.debug.blocks_interrupts();
         let held_back = self.held_back_by_tpr();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
@@ -421,7 +427,9 @@ impl<V: Vendor> State<V> {
     fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
         self.shadow_step = false;
         let readiness = self.readiness();
+        let blocked = self.debug.blocks_interrupts();
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
+        let nmis = if blocked { core::mem::take(&mut events.nmis) } else { 0 };
         let entry = events.next(readiness, waits, || match lapic {
             Some(lapic) if *pic_signal && lapic.accepts_pic() => {
                 *pic_signal = false;
@@ -435,15 +443,25 @@ impl<V: Vendor> State<V> {
             }
             None => user_interrupt.take(),
         });
+        events.nmis = events.nmis.saturating_add(nmis);
         if let Some(event) = entry.inject {
-            if event == Event::Nmi {
-                // To learn when the handler ends.
-                self.hw.want_nmi_window(true);
+            let stats = vm.peers.get(self.index).map(|peer| &peer.stats);
+            match event {
+                Event::Nmi => {
+                    // To learn when the handler ends.
+                    self.hw.want_nmi_window(true);
+                    stats.inspect(|stats| stats.count(VcpuStat::NmiInjections));
+                }
+                Event::Interrupt(_) => {
+                    stats.inspect(|stats| stats.count(VcpuStat::IrqInjections));
+                }
+                _ => {}
             }
             self.hw.inject(event);
         }
         // Another one may wait behind the one that goes in now.
-        let mut more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
+        let mut more =
+            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
             if entry.inject.is_some() {
                 // The event goes in, and before its handler's first instruction comes the exit.

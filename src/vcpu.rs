@@ -25,6 +25,7 @@ use crate::{
         segment::{Segment, SegmentName},
     },
     clock::VcpuClock,
+    debug::GuestDebug,
     dev::MAX_VCPUS,
     emul::Emulator,
     emulation::Found,
@@ -277,6 +278,7 @@ pub(crate) struct State<V: Vendor> {
     /// Index among the peers.
     pub(crate) index: usize,
     pub(crate) clock: VcpuClock,
+    pub(crate) debug: GuestDebug,
     pub(crate) code_cache: CodeCache,
     /// The bytes at RIP at the last exit, where they were at hand.
     pub(crate) code: Option<[u8; 16]>,
@@ -333,10 +335,13 @@ impl<V: Vendor> Vcpu<V> {
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
         let boots = id == vm.enabled.boot_cpu();
-        let lapic = match vm.has_irqchip() {
+        let mut lapic = match vm.has_irqchip() {
             true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
+        if let Some(lapic) = &mut lapic {
+            lapic.set_bus_cycle(vm.enabled.bus_cycle_ns());
+        }
         let mp_state = if lapic.is_some() && !boots { MpState::Uninitialized } else { MpState::Runnable };
         let stuffed = vm.enabled.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS);
         let msrs = KBox::new(MsrState::new(&vm.host.msr_config, stuffed), GFP_KERNEL_ACCOUNT)?;
@@ -367,6 +372,7 @@ impl<V: Vendor> Vcpu<V> {
             timer,
             index,
             clock: VcpuClock::new(peer.clone()),
+            debug: GuestDebug::default(),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
             user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },

@@ -13,6 +13,7 @@ use kernel::{
 
 use crate::{
     abi::{
+        cap::KVM_CAP_X86_APIC_BUS_CYCLES_NS,
         ioctl::*,
         irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
         vm::{
@@ -130,6 +131,9 @@ impl<V: Vendor> FileOperations for Vm<V> {
         }
         let at = Hva(arg as u64);
         match cmd {
+            KVM_CHECK_EXTENSION if arg == KVM_CAP_X86_APIC_BUS_CYCLES_NS as usize => {
+                Ok(this.enabled.bus_cycle_ns() as isize)
+            }
             KVM_CHECK_EXTENSION => Ok(this.host.check_extension(arg)),
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;

@@ -488,6 +488,11 @@ impl VendorVcpu for SvmVcpu {
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
     }
 
+    fn want_breakpoints(&mut self, wanted: bool) {
+        let more = if wanted { 1 << vector::BP } else { 0 };
+        self.vmcb.control.intercept_exceptions = EXCEPTIONS | more;
+    }
+
     fn want_all_msrs(&mut self, wanted: bool) {
         let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
         self.vmcb.control.msrpm_base = map.address().0;
