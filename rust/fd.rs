@@ -41,6 +41,11 @@ pub trait FileOperations: Send + Sync + Sized + 'static {
         None
     }
 
+    /// Whether a mapping may begin at page `first`. `shared`: writes go to the file's pages, and nothing in it is executed.
+    fn may_map(_this: ArcBorrow<'_, Self>, _first: u64, _shared: bool) -> bool {
+        true
+    }
+
     /// The whole contents of the file at this moment. May sleep.
     fn snapshot(_this: ArcBorrow<'_, Self>) -> Result<KVVec<u8>> {
         Err(EINVAL)
@@ -116,9 +121,17 @@ impl<T: FileOperations> FileTable<T> {
         0
     }
 
-    unsafe extern "C" fn mmap(_file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
-        // SAFETY: the kernel passes an area under construction, which only this call may change.
-        unsafe { (*vma).vm_ops = &Self::MAPPING };
+    unsafe extern "C" fn mmap(file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
+        // SAFETY: the kernel passes an open file with these operations, and an area under construction, which only this call may
+        // change.
+        unsafe {
+            let flags = own::krab_vma_flags(vma);
+            let shared = flags & (bindings::VM_SHARED | bindings::VM_EXEC) as c_ulong == bindings::VM_SHARED as c_ulong;
+            if !T::may_map(Self::object(file), (*vma).vm_pgoff as u64, shared) {
+                return EINVAL.to_errno();
+            }
+            (*vma).vm_ops = &Self::MAPPING;
+        }
         0
     }
 

@@ -18,6 +18,7 @@ use crate::{
         },
     },
     dev::MAX_VCPUS,
+    dirty_ring::entries_of,
     irqchip::{lapic::BUS_CYCLE_NS, routing::MAX_ROUTES},
     vcpu::Core,
     vendor::Vendor,
@@ -140,6 +141,14 @@ impl<V: Vendor> Vm<V> {
                     return Err(EINVAL);
                 }
                 enabled.bus_cycle_ns.store(value, Relaxed);
+            }
+            KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+                let entries = entries_of(value)?;
+                let _setup = self.setup.lock();
+                if self.peers.len() > 0 || self.peers.ring_entries() != 0 {
+                    return Err(EINVAL);
+                }
+                self.peers.set_ring_entries(entries);
             }
             KVM_CAP_SPLIT_IRQCHIP => {
                 let pins = u16::try_from(value).ok().filter(|&pins| usize::from(pins) <= MAX_ROUTES).ok_or(EINVAL)?;

@@ -66,6 +66,8 @@ pub(crate) enum ToUser {
         rip: u64,
         write: bool,
     },
+    /// Userspace has to empty the vCPU's dirty ring.
+    DirtyRingFull,
     FailEntry {
         reason: u64,
     },
@@ -116,6 +118,7 @@ impl ToUser {
             Self::Halt => KVM_EXIT_HLT,
             Self::Shutdown => KVM_EXIT_SHUTDOWN,
             Self::InterruptWindow => KVM_EXIT_IRQ_WINDOW_OPEN,
+            Self::DirtyRingFull => KVM_EXIT_DIRTY_RING_FULL,
             Self::IoapicEoi { vector } => {
                 run.write(EXIT_UNION, &ExitIoapicEoi { vector });
                 KVM_EXIT_IOAPIC_EOI

@@ -26,6 +26,7 @@ mod policy;
 mod clock;
 mod debug;
 mod dev;
+mod dirty_ring;
 mod emulation;
 mod enable_cap;
 mod exits;

@@ -258,6 +258,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
 
     /// KVM_GET_DIRTY_LOG: writes the slot's bitmap to userspace, clears it, and catches the next write to each page.
     pub(crate) fn get_dirty_log(&self, request: &KvmDirtyLog) -> Result {
+        if self.space.peers.ring_entries() != 0 {
+            return Err(ENXIO);
+        }
         let _update = self.update.lock();
         let slots = self.space.slots.read();
         let (slot, words) = logged(&slots, request.slot)?;
@@ -291,6 +294,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
 
     /// KVM_CLEAR_DIRTY_LOG: clears the bits that userspace's bitmap has, and catches the next write to each of their pages.
     pub(crate) fn clear_dirty_log(&self, request: &KvmClearDirtyLog) -> Result {
+        if self.space.peers.ring_entries() != 0 {
+            return Err(ENXIO);
+        }
         let _update = self.update.lock();
         let slots = self.space.slots.read();
         let (slot, words) = logged(&slots, request.slot)?;
@@ -318,6 +324,33 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         read
     }
 
+    /// KVM_RESET_DIRTY_RINGS: frees the entries that userspace is done with, and catches the next write to each of their pages.
+    /// Returns how many there were. `EINVAL` without rings.
+    pub(crate) fn reset_dirty_rings(&self) -> Result<isize> {
+        if self.space.peers.ring_entries() == 0 {
+            return Err(EINVAL);
+        }
+        let _update = self.update.lock();
+        let slots = self.space.slots.read();
+        let mut count = 0usize;
+        for ring in self.space.peers.iter().filter_map(|peer| peer.ring.as_ref()) {
+            let protect = |number: u32, page: u64| {
+                let id = u16::try_from(number).ok();
+                let slot = id.and_then(|id| slots::find_id(&slots, id)).and_then(|at| slots.get(at));
+                if let Some(slot) = slot.filter(|slot| page < slot.pages) {
+                    let mut nested = self.space.nested.lock();
+                    let Nested { table, pages } = &mut *nested;
+                    table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), 1);
+                }
+            };
+            count = count.wrapping_add(ring.collect(protect));
+        }
+        if count > 0 {
+            self.space.peers.flush_tlbs();
+        }
+        Ok(count as isize)
+    }
+
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
     pub(crate) fn set_manual_protect(&self, enable: bool, initially_dirty: bool) {
         self.manual_protect.store(enable, Relaxed);
@@ -325,7 +358,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     }
 
     fn new_log(&self, request: &slots::Request) -> Result<DirtyLog> {
-        if request.flags & flags::LOG_DIRTY_PAGES == 0 {
+        // With dirty rings there is no bitmap.
+        if request.flags & flags::LOG_DIRTY_PAGES == 0 || self.space.peers.ring_entries() != 0 {
             return Ok(None);
         }
         let count = request.memory_size >> 12;
@@ -404,7 +438,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
             }
             if fault.write {
-                mark_dirty(slot, gfn);
+                mark_dirty(&self.space.peers, slot, gfn);
             }
             let retired = pages.has_retired().then(|| pages.take_retired());
             drop(nested);
@@ -446,7 +480,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     /// interrupts off.
     #[inline]
     pub(crate) fn view(&self, may_sleep: bool) -> View<'_> {
-        View { slots: self.space.slots.read(), may_sleep }
+        View { slots: self.space.slots.read(), peers: &self.space.peers, may_sleep }
     }
 }
 
@@ -458,17 +492,20 @@ fn logged(slots: &Slots, number: u32) -> Result<(&Slot, &KVVec<AtomicU64>)> {
     Ok((slot, words))
 }
 
-fn mark_dirty(slot: &Slot, gfn: Gfn) {
+fn mark_dirty(peers: &Peers, slot: &Slot, gfn: Gfn) {
     if let (Some(words), Some(index)) = (&slot.attachment, slot.index(gfn)) {
         if let Some(log) = dirty::DirtyBitmap::new(words, slot.pages) {
             log.mark(index);
         }
+    } else if let (true, Some(index)) = (slot.logs_dirty(), slot.index(gfn)) {
+        peers.push_dirty(slot.id.into(), index);
     }
 }
 
 /// Guest memory as the walker and the emulator see it.
 pub(crate) struct View<'a> {
     slots: SrcuGuard<'a, Slots>,
+    peers: &'a Peers,
     may_sleep: bool,
 }
 
@@ -515,7 +552,7 @@ impl View<'_> {
         let found = if self.may_sleep { exchange() } else { user::with_faults_off(exchange) };
         let done = found.map_err(|_| self.refused())?.is_none();
         if done {
-            mark_dirty(slot, gpa.gfn());
+            mark_dirty(self.peers, slot, gpa.gfn());
         }
         Ok(done)
     }
@@ -579,7 +616,7 @@ impl GuestMem for View<'_> {
             let written =
                 if self.may_sleep { user::write_bytes(hva, from) } else { user::write_bytes_nofault(hva, from) };
             written.map_err(|_| self.refused())?;
-            mark_dirty(slot, gpa.gfn());
+            mark_dirty(self.peers, slot, gpa.gfn());
             Ok(())
         })
     }

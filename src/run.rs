@@ -18,6 +18,7 @@ use crate::{
         vcpu::KvmRegs,
     },
     arch::cr::{cr4, rflags},
+    dirty_ring::DirtyRing,
     emul::Mode,
     exits::{Handled, ToUser},
     glue::{
@@ -50,6 +51,7 @@ impl<V: Vendor> Vcpu<V> {
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
+        let _running = self.peer.run_here();
         core.state.update_steal_time(&self.vm);
         let _mask = core.signal_mask.map(signal::Masked::new);
         self.take_registers(core)?;
@@ -178,6 +180,9 @@ impl<V: Vendor> Vcpu<V> {
             self.serve_requests(core);
             if let Some(reason) = core.state.take_step() {
                 return Ok(reason);
+            }
+            if self.peer.ring.as_ref().is_some_and(DirtyRing::is_nearly_full) {
+                return Ok(ToUser::DirtyRingFull);
             }
             if let Some(reason) = core.state.apic_user.take() {
                 return Ok(reason);

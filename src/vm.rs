@@ -169,6 +169,7 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
                 Ok(0)
             }
+            KVM_RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),
             KVM_GET_STATS_FD => StatsFile::open(this.peers.clone(), None),
             // Tables are not limited: with nested paging KVM does not shrink them either.
             KVM_SET_NR_MMU_PAGES if arg < 64 => Err(EINVAL),

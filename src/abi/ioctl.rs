@@ -199,7 +199,7 @@ ioctls! {
     KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Supported;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
     KVM_X86_SET_MSR_FILTER = iow::<KvmMsrFilter>(0xC6), 0x4188_AEC6, V, Supported;
-    KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;
+    KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Supported;
     KVM_XEN_HVM_GET_ATTR = number(READ | WRITE, 0xC8, 72), 0xC048_AEC8, V, Refused;
     KVM_XEN_HVM_SET_ATTR = number(WRITE, 0xC9, 72), 0x4048_AEC9, V, Refused;
     KVM_XEN_VCPU_GET_ATTR = number(READ | WRITE, 0xCA, 72), 0xC048_AECA, C, Refused;
