@@ -204,14 +204,23 @@ pub fn anon_fd<T: FileOperations>(this: Arc<T>) -> Result<i32> {
 
 /// The module's device node: opening it creates nothing, only `ioctl` does.
 pub trait DeviceOperations: Send + Sync + 'static {
-    /// Name under `/dev`.
-    const NAME: &'static CStr;
-
     /// An `ioctl` with its raw command number and argument.
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize>;
 }
 
-/// A registered misc device with a dynamic minor; the node is mode 0600 until udev decides otherwise.
+/// A node under `/dev`.
+pub struct Node {
+    name: &'static CStr,
+    minor: u32,
+}
+
+impl Node {
+    pub const KRAB: Self = Self { name: c"krab", minor: bindings::MISC_DYNAMIC_MINOR };
+    /// KVM's own: same name, same number. Only one module can have it.
+    pub const KVM: Self = Self { name: c"kvm", minor: 232 };
+}
+
+/// A registered misc device; the node is mode 0600 until udev decides otherwise.
 ///
 /// # Invariants
 ///
@@ -238,14 +247,14 @@ impl<T: DeviceOperations> CharDevice<T> {
         ..pin_init::zeroed()
     };
 
-    /// Registers the node. It can be opened before this returns.
-    pub fn register(operations: T) -> impl PinInit<Self, Error> {
+    /// Registers the node. It can be opened before this returns. `EBUSY` when another module has its number.
+    pub fn register(operations: T, node: Node) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             operations,
-            device <- Opaque::try_ffi_init(|slot: *mut bindings::miscdevice| {
+            device <- Opaque::try_ffi_init(move |slot: *mut bindings::miscdevice| {
                 let device = bindings::miscdevice {
-                    minor: bindings::MISC_DYNAMIC_MINOR as c_int,
-                    name: T::NAME.as_char_ptr(),
+                    minor: node.minor as c_int,
+                    name: node.name.as_char_ptr(),
                     fops: &Self::FILE,
                     ..pin_init::zeroed()
                 };

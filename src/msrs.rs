@@ -32,25 +32,6 @@ pub(crate) enum Refused {
     Busy,
 }
 
-/// Where a register is that hardware switches.
-fn hardware(register: Register) -> Option<HardwareMsr> {
-    Some(match register {
-        Register::Efer => HardwareMsr::Efer,
-        Register::Star => HardwareMsr::Star,
-        Register::Lstar => HardwareMsr::Lstar,
-        Register::Cstar => HardwareMsr::Cstar,
-        Register::Sfmask => HardwareMsr::Sfmask,
-        Register::FsBase => HardwareMsr::FsBase,
-        Register::GsBase => HardwareMsr::GsBase,
-        Register::KernelGsBase => HardwareMsr::KernelGsBase,
-        Register::SysenterCs => HardwareMsr::SysenterCs,
-        Register::SysenterEsp => HardwareMsr::SysenterEsp,
-        Register::SysenterEip => HardwareMsr::SysenterEip,
-        Register::SpecCtrl => HardwareMsr::SpecCtrl,
-        _ => return None,
-    })
-}
-
 impl<V: Vendor> State<V> {
     /// The guest's TSC now.
     pub(crate) fn guest_tsc(&self) -> u64 {
@@ -97,10 +78,8 @@ impl<V: Vendor> State<V> {
             Read::Gp => return Err(Refused::Gp),
             Read::Register(register) => register,
         };
-        if let Some(register) = hardware(register) {
-            return Ok(self.hw.msr(register));
-        }
         match (register, &mut self.lapic) {
+            (Register::Hardware(register), _) => Ok(self.hw.msr(register)),
             (Register::Tsc, _) => Ok(self.guest_tsc()),
             (Register::TscAux, _) => Ok(fpu.ok_or(Refused::Busy)?.tsc_aux.unwrap_or(0)),
             (Register::ApicBase, None) => Ok(self.user_apic_base),
@@ -131,11 +110,11 @@ impl<V: Vendor> State<V> {
             }
             Write::Register(register, value) => (register, value),
         };
-        if let Some(register) = hardware(register) {
-            self.hw.set_msr(register, value);
-            return Ok(());
-        }
         let work = match (register, &mut self.lapic) {
+            (Register::Hardware(register), _) => {
+                self.hw.set_msr(register, value);
+                return Ok(());
+            }
             (Register::Tsc, _) if by == By::Host => {
                 self.hw.set_tsc_offset(vm.clock.write_tsc(value));
                 self.clock.request_update();

@@ -402,8 +402,8 @@ impl<V: Vendor> State<V> {
 
     /// Whether a halted CPU goes on.
     fn wakes_up(&self) -> bool {
-        let ready = self.mp_state == MpState::Halted;
-        ready
+        let halted = self.mp_state == MpState::Halted;
+        halted
             && (self.events.nmis > 0 && !self.events.nmi_masked
                 || self.events.exception.is_some()
                 || self.unhalted

@@ -595,6 +595,7 @@ impl<V: Vendor> FileOperations for Vcpu<V> {
         match index {
             0 => Some(this.run.user_page()),
             1 => Some(this.data.user_page()),
+            2 => Some(this.vm.irq.coalesced.user_page()),
             index if index >= KVM_DIRTY_LOG_PAGE_OFFSET => {
                 this.peer.ring.as_ref()?.page(index - KVM_DIRTY_LOG_PAGE_OFFSET)
             }

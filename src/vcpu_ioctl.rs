@@ -14,7 +14,7 @@ use crate::{
     arch::{Gpa, Gva, Hva},
     dev::each_msr,
     enable_cap::Enabled,
-    glue::{lock::lock_killable, timer, user},
+    glue::{fpu, lock::lock_killable, timer, user},
     guest::{
         check::{self, Allowed},
         event::{vector, Event, Exception},
@@ -364,8 +364,7 @@ impl<V: Vendor> Core<V> {
         let mut fpu = KvmFpu::new_zeroed();
         let image = self.fpu.image();
         let half = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
-        let word =
-            |at: usize| image.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
+        let word = |at| fpu::word_at(image, at).unwrap_or(0);
         fpu.fcw = half(0);
         fpu.fsw = half(2);
         fpu.ftwx = image[4];
@@ -410,8 +409,7 @@ impl<V: Vendor> Core<V> {
         let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
         if self.ran {
             let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
-            let table = CpuidTable::new(entries).map_err(|_| EINVAL)?;
-            return self.state.cpuid.same_as(&table, &dynamic).then_some(()).ok_or(EINVAL);
+            return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);
         }
         let table = CpuidTable::new(entries).map_err(|_| EINVAL)?;
         let caps = GuestCaps::derive(|function, index| table.leaf(function, index)).within(&vcpu.vm.host.caps);

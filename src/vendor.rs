@@ -14,23 +14,7 @@ use crate::{
     mmu::Format,
 };
 
-/// Guest registers behind MSRs that hardware switches.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HardwareMsr {
-    Efer,
-    Star,
-    Lstar,
-    Cstar,
-    Sfmask,
-    FsBase,
-    GsBase,
-    KernelGsBase,
-    SysenterCs,
-    SysenterEsp,
-    SysenterEip,
-    Pat,
-    SpecCtrl,
-}
+pub(crate) use crate::policy::msr::HardwareMsr;
 
 /// A vendor's virtualization extension.
 pub(crate) trait Vendor: Hardware + Sized {

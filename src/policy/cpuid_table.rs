@@ -87,12 +87,13 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
         &self.entries
     }
 
-    /// Whether `other` gives the same answers: KVM_SET_CPUID2 after the first KVM_RUN accepts nothing else. Bits that follow
-    /// registers do not count.
-    pub fn same_as<F: Deref<Target = [KvmCpuidEntry2]>>(&self, other: &CpuidTable<F>, dynamic: &Dynamic) -> bool {
-        let key = |entry: KvmCpuidEntry2| (entry.function, entry.index, entry.flags, registers(&entry));
-        let own = self.entries.iter().map(|entry| key(self.current(entry, dynamic)));
-        own.eq(other.entries.iter().map(|entry| key(other.current(entry, dynamic))))
+    /// Whether `other` would give the same answers: KVM_SET_CPUID2 after the first KVM_RUN accepts nothing else. What follows the
+    /// guest's state is no difference: userspace may have read the table back.
+    pub fn same_as(&self, other: &[KvmCpuidEntry2], dynamic: &Dynamic) -> bool {
+        let key = |entry: &KvmCpuidEntry2| {
+            (entry.function, entry.index, entry.flags, self.patched(entry, entry.index, dynamic))
+        };
+        self.entries.iter().map(key).eq(other.iter().map(key))
     }
 
     /// The first entry for this leaf whose index fits, or does not matter.

@@ -63,9 +63,9 @@ pub struct Context<'a> {
     pub platform_info: bool,
 }
 
-/// State that lives elsewhere.
+/// State that hardware switches between guest and host, or that the vendor's room switches for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Register {
+pub enum HardwareMsr {
     Efer,
     Star,
     Lstar,
@@ -77,7 +77,15 @@ pub enum Register {
     SysenterCs,
     SysenterEsp,
     SysenterEip,
+    /// Kept here; hardware has a copy that follows [`Effect::Pat`].
+    Pat,
     SpecCtrl,
+}
+
+/// State that lives elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    Hardware(HardwareMsr),
     TscAux,
     /// The guest's TSC. A guest's write moves the offset, and TSC_ADJUST by as much
     /// ([`MsrState::moved_tsc`]); the host's write only the offset.
@@ -419,7 +427,7 @@ impl Context<'_> {
         let caps = self.visible();
         match register {
             Register::TscAux => caps.tsc_aux,
-            Register::SpecCtrl => caps.spec_ctrl != 0,
+            Register::Hardware(HardwareMsr::SpecCtrl) => caps.spec_ctrl != 0,
             Register::TscDeadline => caps.tsc_deadline,
             _ => true,
         }
@@ -431,17 +439,21 @@ impl Context<'_> {
         }
         let caps = self.visible();
         let checked = match register {
-            Register::Efer => self.checked_efer(value),
-            Register::Lstar | Register::Cstar | Register::FsBase | Register::GsBase | Register::KernelGsBase => {
-                is_canonical(value, caps.linear_bits()).then_some(value)
-            }
+            Register::Hardware(HardwareMsr::Efer) => self.checked_efer(value),
+            Register::Hardware(HardwareMsr::Lstar)
+            | Register::Hardware(HardwareMsr::Cstar)
+            | Register::Hardware(HardwareMsr::FsBase)
+            | Register::Hardware(HardwareMsr::GsBase)
+            | Register::Hardware(HardwareMsr::KernelGsBase) => is_canonical(value, caps.linear_bits()).then_some(value),
             // AMD has 32 bits of these; Intel 64, and must get a canonical value. As KVM, correct it instead of #GP.
-            Register::SysenterEsp | Register::SysenterEip => Some(match self.caps.vendor {
-                Vendor::Amd => value & 0xFFFF_FFFF,
-                _ => sign_extended(value, caps.linear_bits()),
-            }),
-            Register::SysenterCs => Some(value & 0xFFFF_FFFF),
-            Register::SpecCtrl => (value & !caps.spec_ctrl == 0).then_some(value),
+            Register::Hardware(HardwareMsr::SysenterEsp) | Register::Hardware(HardwareMsr::SysenterEip) => {
+                Some(match self.caps.vendor {
+                    Vendor::Amd => value & 0xFFFF_FFFF,
+                    _ => sign_extended(value, caps.linear_bits()),
+                })
+            }
+            Register::Hardware(HardwareMsr::SysenterCs) => Some(value & 0xFFFF_FFFF),
+            Register::Hardware(HardwareMsr::SpecCtrl) => (value & !caps.spec_ctrl == 0).then_some(value),
             // AMD ignores the upper half, Intel reserves it.
             Register::TscAux => (self.caps.vendor == Vendor::Amd || value >> 32 == 0).then_some(value & 0xFFFF_FFFF),
             _ => Some(value),
@@ -463,19 +475,19 @@ fn register(index: u32) -> Option<Register> {
     Some(match index {
         msr::TSC_DEADLINE => Register::TscDeadline,
         msr::X2APIC_FIRST..=msr::X2APIC_LAST => Register::X2Apic((index - msr::X2APIC_FIRST) as u8),
-        msr::SPEC_CTRL => Register::SpecCtrl,
-        msr::FS_BASE => Register::FsBase,
-        msr::GS_BASE => Register::GsBase,
-        msr::KERNEL_GS_BASE => Register::KernelGsBase,
+        msr::SPEC_CTRL => Register::Hardware(HardwareMsr::SpecCtrl),
+        msr::FS_BASE => Register::Hardware(HardwareMsr::FsBase),
+        msr::GS_BASE => Register::Hardware(HardwareMsr::GsBase),
+        msr::KERNEL_GS_BASE => Register::Hardware(HardwareMsr::KernelGsBase),
         msr::TSC_AUX => Register::TscAux,
-        msr::EFER => Register::Efer,
-        msr::STAR => Register::Star,
-        msr::LSTAR => Register::Lstar,
-        msr::CSTAR => Register::Cstar,
-        msr::SFMASK => Register::Sfmask,
-        msr::SYSENTER_CS => Register::SysenterCs,
-        msr::SYSENTER_ESP => Register::SysenterEsp,
-        msr::SYSENTER_EIP => Register::SysenterEip,
+        msr::EFER => Register::Hardware(HardwareMsr::Efer),
+        msr::STAR => Register::Hardware(HardwareMsr::Star),
+        msr::LSTAR => Register::Hardware(HardwareMsr::Lstar),
+        msr::CSTAR => Register::Hardware(HardwareMsr::Cstar),
+        msr::SFMASK => Register::Hardware(HardwareMsr::Sfmask),
+        msr::SYSENTER_CS => Register::Hardware(HardwareMsr::SysenterCs),
+        msr::SYSENTER_ESP => Register::Hardware(HardwareMsr::SysenterEsp),
+        msr::SYSENTER_EIP => Register::Hardware(HardwareMsr::SysenterEip),
         msr::TSC => Register::Tsc,
         msr::APIC_BASE => Register::ApicBase,
         _ => return None,

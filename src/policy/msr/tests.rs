@@ -317,7 +317,7 @@ fn machine_checks() {
 fn efer_rules() {
     let mut bench = Bench::new(Vendor::Amd);
     let write = |bench: &mut Bench, value| bench.write(By::Guest, msr::EFER, value);
-    let to = |value| Write::Register(Register::Efer, value);
+    let to = |value| Write::Register(Register::Hardware(HardwareMsr::Efer), value);
     assert_eq!(write(&mut bench, 0xD01), to(0x901), "LMA is not writable");
     for bad in [efer::SVME, efer::LMSLE, efer::FFXSR, efer::AIBRSE, 2, 1 << 63] {
         assert_eq!(write(&mut bench, bad), Write::Gp, "{bad:#x}");
@@ -343,7 +343,7 @@ fn addresses_must_be_canonical() {
             assert!(matches!(bench.write(by, index, 0xFFFF_8000_0000_0000), Write::Register(..)));
         }
     }
-    let [esp, cs] = [Register::SysenterEsp, Register::SysenterCs];
+    let [esp, cs] = [Register::Hardware(HardwareMsr::SysenterEsp), Register::Hardware(HardwareMsr::SysenterCs)];
     assert_eq!(bench.write(By::Guest, msr::SYSENTER_ESP, 0xFFFF_8880_1234_5678), Write::Register(esp, 0x1234_5678));
     assert_eq!(bench.write(By::Guest, msr::SYSENTER_CS, 1 << 32 | 0x10), Write::Register(cs, 0x10));
     bench.caps.vendor = Vendor::Intel;
@@ -353,7 +353,7 @@ fn addresses_must_be_canonical() {
 #[test]
 fn speculation_control() {
     let mut bench = Bench::new(Vendor::Amd);
-    let spec_ctrl = |value| Write::Register(Register::SpecCtrl, value);
+    let spec_ctrl = |value| Write::Register(Register::Hardware(HardwareMsr::SpecCtrl), value);
     assert_eq!(bench.write(By::Guest, msr::SPEC_CTRL, 5), spec_ctrl(5));
     assert_eq!(bench.write(By::Guest, msr::SPEC_CTRL, 8), Write::Gp);
     assert_eq!(bench.read(By::Guest, msr::PRED_CMD), Read::Gp, "write-only");
