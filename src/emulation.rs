@@ -5,6 +5,7 @@
 use kernel::prelude::*;
 
 use crate::{
+    abi::stats::VcpuStat,
     arch::{
         cr::dr,
         segment::{DescriptorTable, Segment, SegmentName},
@@ -256,7 +257,7 @@ impl<V: Vendor> Vcpu<V> {
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
-            return Ok(Some(self.emulation_failure(core)));
+            return Ok(self.emulation_failure(core));
         }
         let mut code = [0; 15];
         let mut len = 0;
@@ -282,6 +283,7 @@ impl<V: Vendor> Vcpu<V> {
             let found = found.filter(|found| found.rip == rip);
             let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, lost: false };
             let step = emulator.step(&mut emulated, code);
+            self.peer.stats.count(VcpuStat::InsnEmulation);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
@@ -327,13 +329,13 @@ impl<V: Vendor> Vcpu<V> {
                     }
                     true
                 }
-                Step::Fault(_) if lost => return Ok(Some(self.emulation_failure(core))),
+                Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
                 Step::Fault(exception) => {
                     state.regs.rflags |= crate::arch::cr::rflags::RF;
                     state.events.raise(exception);
                     true
                 }
-                Step::Unsupported => return Ok(Some(self.emulation_failure(core))),
+                Step::Unsupported => return Ok(self.emulation_failure(core)),
             };
             if done {
                 return Ok(None);
@@ -341,10 +343,17 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    fn emulation_failure(&self, core: &mut Core<V>) -> ToUser {
+    /// An instruction that cannot be emulated. The guest's user code gets #UD, so that it cannot end the guest, unless userspace
+    /// wants to see every such instruction.
+    fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
+        self.peer.stats.count(VcpuStat::InsnEmulationFail);
         core.emulator.reset();
         let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());
-        ToUser::Emulation { bytes, len: len as u8 }
+        let always = self.vm.enabled.exit_on_emulation_failure();
+        if !always {
+            core.state.events.raise(Exception::UD);
+        }
+        (always || core.state.hw.cpl() == 0).then_some(ToUser::Emulation { bytes, len: len as u8 })
     }
 
     /// INS from a device in the kernel, which fills the data page. `false`: userspace has the port.

@@ -470,7 +470,11 @@ impl View<'_> {
 
     /// Atomically where the bytes are naturally aligned.
     pub(crate) fn compare_exchange_bytes(&self, gpa: Gpa, old: &[u8], new: &[u8]) -> Result<bool, Refused> {
-        let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 8];
+            word.iter_mut().zip(bytes).for_each(|(into, byte)| *into = *byte);
+            u64::from_le_bytes(word)
+        };
         let len = old.len();
         if matches!(len, 1 | 2 | 4 | 8) && gpa.page_offset() % 64 + len as u64 <= 64 {
             return self.compare_exchange(gpa, len as u32, word(old), word(new));

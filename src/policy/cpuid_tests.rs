@@ -255,8 +255,8 @@ fn compacted_components_are_packed_and_aligned() {
 #[test]
 fn queries_follow_the_registers() {
     let table = table(zen4, &FULL);
-    let off = Dynamic { cr4: 0, apic_enabled: false, xcr0: 1, xss: 0 };
-    let on = Dynamic { cr4: cr4::OSXSAVE | cr4::PKE, apic_enabled: true, xcr0: 0x2E7, xss: 0 };
+    let off = Dynamic { cr4: 0, apic_enabled: false, xcr0: 1, xss: 0, mwait: None };
+    let on = Dynamic { cr4: cr4::OSXSAVE | cr4::PKE, apic_enabled: true, xcr0: 0x2E7, xss: 0, mwait: None };
     let bits = |dynamic| {
         let [_, _, ecx, edx] = table.query(1, 0x1234, dynamic);
         (ecx >> 27 & 1, edx >> 9 & 1, table.query(7, 0, dynamic)[2] >> 4 & 1)
