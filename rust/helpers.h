@@ -17,6 +17,7 @@
 #include <linux/types.h>
 
 #include "cpu.h"
+#include "vmx.h"
 
 /* fd.rs */
 int anon_inode_getfd(const char *name, const struct file_operations *fops, void *priv, int flags);

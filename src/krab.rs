@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Kernel crate root: the `krab` module. It looks at the CPUs, takes the vendor's room that fits, and registers `/dev/krab`.
 #![allow(unreachable_pub)]
-use kernel::prelude::*;
+use kernel::{prelude::*, sync::Arc};
 
 #[path = "../rust/mod.rs"]
 mod glue;
@@ -36,10 +36,14 @@ mod vcpu;
 mod vcpu_ioctl;
 mod vendor;
 mod vm;
+mod vmx;
 
+use arch::cpuid::Vendor as CpuVendor;
 use dev::{Host, System};
 use glue::fd::CharDevice;
 use svm::Svm;
+use vendor::Vendor;
+use vmx::Vmx;
 
 module! {
     type: Krab,
@@ -49,17 +53,22 @@ module! {
     license: "GPL",
 }
 
-#[pin_data]
-struct Krab {
-    #[pin]
-    device: CharDevice<System<Svm>>,
+/// The device node, with the vendor's room behind it that fits this CPU.
+enum Krab {
+    Amd(#[allow(dead_code)] Pin<KBox<CharDevice<System<Svm>>>>),
+    Intel(#[allow(dead_code)] Pin<KBox<CharDevice<System<Vmx>>>>),
 }
 
-impl kernel::InPlaceModule for Krab {
-    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        pin_init::pin_init_scope(|| {
-            let system = System(Host::new(Svm::probe()?)?);
-            Ok(try_pin_init!(Self { device <- CharDevice::register(system) }? Error))
-        })
+fn register<V: Vendor>(hardware: Arc<V>) -> Result<Pin<KBox<CharDevice<System<V>>>>> {
+    KBox::pin_init(CharDevice::register(System(Host::new(hardware)?)), GFP_KERNEL)
+}
+
+impl kernel::Module for Krab {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
+            CpuVendor::Amd => Ok(Self::Amd(register(Svm::probe()?)?)),
+            // Intel, and who builds after it: Centaur, Zhaoxin.
+            CpuVendor::Intel | CpuVendor::Other => Ok(Self::Intel(register(Vmx::probe()?)?)),
+        }
     }
 }

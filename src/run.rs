@@ -25,6 +25,47 @@ use crate::{
     vendor::{Vendor, VendorVcpu},
 };
 
+/// A window in which the vCPU may run; the drop ends it.
+struct Session<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    begun: bool,
+}
+
+impl<V: Vendor> Session<'_, V> {
+    /// Loads the vCPU's hardware state for one stretch of interrupts off.
+    #[inline]
+    fn load<'a>(&'a mut self, irqs: &'a IrqsOff) -> Loaded<'a, V> {
+        if !self.begun {
+            self.begun = true;
+            self.state.hw.begin_window(irqs);
+        }
+        self.state.hw.load(irqs);
+        Loaded { state: self.state, irqs }
+    }
+}
+
+impl<V: Vendor> Drop for Session<'_, V> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.begun {
+            self.state.hw.end_window();
+        }
+    }
+}
+
+/// A vCPU whose hardware state is loaded; the drop unloads it, before interrupts are on.
+struct Loaded<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    irqs: &'a IrqsOff,
+}
+
+impl<V: Vendor> Drop for Loaded<'_, V> {
+    #[inline]
+    fn drop(&mut self) {
+        self.state.hw.unload(self.irqs);
+    }
+}
+
 /// Why the inner ring ended.
 enum Slow {
     /// Requests, signals, a reschedule, or the vCPU does not run any more.
@@ -165,18 +206,16 @@ impl<V: Vendor> Vcpu<V> {
         let Core { state, fpu, .. } = core;
         let window = fpu.enter();
         let user_window = state.lapic.is_none() && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
-        let mut first = true;
+        let mut session = Session { state, begun: false };
         loop {
             // Interrupts that came while they were off are taken between two rounds of this loop.
             let irqs = IrqsOff::new();
             cpu::rcu_quiescent(&irqs);
-            if first {
-                state.hw.begin_window(&irqs);
-                first = false;
-            }
             if task::softirq_pending() {
                 return Slow::Work;
             }
+            let loaded = session.load(&irqs);
+            let state = &mut *loaded.state;
             loop {
                 if !self.peer.inbox.is_empty() {
                     state.drain_inbox(&self.vm, &self.peer);
@@ -342,7 +381,9 @@ impl<V: Vendor> State<V> {
         // Another one may wait behind the one that goes in now.
         let mut more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
-            if entry.inject.is_some() {
+            if V::Vcpu::NMI_WINDOW {
+                self.hw.want_nmi_window(true);
+            } else if entry.inject.is_some() {
                 // The event goes in, and before its handler's first instruction comes the exit.
                 cpu::interrupt_self(irqs);
             } else if readiness.interrupts_enabled {

@@ -47,6 +47,10 @@ pub(crate) trait Vendor: Hardware + Sized {
 
 /// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
 pub(crate) trait VendorVcpu: Send + 'static {
+    /// Whether [`Exit::NmiWindow`] comes when the guest can take an NMI, in whatever shadow it was before. Otherwise there is only
+    /// [`Exit::NmiReturn`].
+    const NMI_WINDOW: bool;
+
     /// Back to the state after RESET or INIT (`init`), segments and control registers and MSRs that INIT changes.
     fn reset(&mut self, init: bool);
 
@@ -94,8 +98,10 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_interrupt_shadow(&mut self, shadow: bool);
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt.
     fn want_interrupt_window(&mut self, wanted: bool);
-    /// Asks for [`Exit::NmiWindow`] when the guest returns from its NMI handler.
+    /// Asks for [`Exit::NmiWindow`] or [`Exit::NmiReturn`] when the guest leaves its NMI handler.
     fn want_nmi_window(&mut self, wanted: bool);
+    /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.
+    fn set_nmi_masked(&mut self, masked: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
@@ -107,8 +113,14 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Bytes of the instruction that faulted, where the CPU keeps them.
     fn instruction_bytes(&self) -> Option<&[u8]>;
 
-    /// Once in each window, before the first `run`.
+    /// Once in each window, before the first `load`.
     fn begin_window(&mut self, irqs: &IrqsOff);
+    /// Once after each window that was begun, on the same CPU, with interrupts on.
+    fn end_window(&mut self);
+    /// In each stretch of interrupts off, before the first `run`.
+    fn load(&mut self, irqs: &IrqsOff);
+    /// At the end of each stretch of interrupts off in which `load` was called.
+    fn unload(&mut self, irqs: &IrqsOff);
     /// Runs the guest until its next exit.
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit;
 }

@@ -156,6 +156,8 @@ fn from_table(table: DescriptorTable) -> VmcbSegment {
 }
 
 impl VendorVcpu for SvmVcpu {
+    const NMI_WINDOW: bool = false;
+
     fn reset(&mut self, init: bool) {
         // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
         let caching = if init { self.guest_cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
@@ -466,6 +468,10 @@ impl VendorVcpu for SvmVcpu {
         }
     }
 
+    fn set_nmi_masked(&mut self, masked: bool) {
+        self.want_nmi_window(masked);
+    }
+
     fn want_cr8_writes(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
@@ -511,6 +517,15 @@ impl VendorVcpu for SvmVcpu {
         self.host.separate(self.number, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
     }
+
+    #[inline]
+    fn end_window(&mut self) {}
+
+    #[inline]
+    fn load(&mut self, _irqs: &IrqsOff) {}
+
+    #[inline]
+    fn unload(&mut self, _irqs: &IrqsOff) {}
 
     #[inline]
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit {

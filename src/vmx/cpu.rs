@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: GPL-2.0
+//! VMX on this host: whether it may be used, and what each CPU keeps for it.
+#![forbid(unsafe_code)]
+
+use core::{
+    cell::Cell,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use kernel::{prelude::*, sync::Arc};
+
+use super::insn::Operation;
+use crate::{
+    arch::{
+        msr,
+        vmcs::{
+            caps::{ept_vpid, feature_control, Allowed, Basic},
+            control::{entry, exit, pin, primary, secondary},
+        },
+    },
+    glue::{
+        cpu::{self, HostFeatures, IrqsOff},
+        error,
+        percpu::PerCpu,
+        phys::{Bytes, PhysBox},
+        virt::Hardware,
+        vmx::{host_state, CacheFlush, HostState},
+    },
+};
+
+/// PRED_CMD: a whole barrier.
+const PRED_CMD_IBPB: u64 = 1;
+/// What one CPU keeps.
+struct PerCpuState {
+    operation: Operation,
+    /// What exits load, read when this CPU is first used.
+    host: Cell<Option<HostState>>,
+    /// Number of the vCPU that ran here last, 0 for none.
+    last_vcpu: Cell<u64>,
+}
+
+/// The control words of every VMCS, but for the bits that change while a guest runs.
+#[derive(Clone, Copy)]
+pub(super) struct Controls {
+    pub(super) pin: u32,
+    pub(super) primary: u32,
+    pub(super) secondary: u32,
+    pub(super) exit: u32,
+    pub(super) entry: u32,
+    pub(super) ept_vpid: u64,
+    pub(super) cr0_must: u64,
+    pub(super) cr4_must: u64,
+}
+
+/// Intel VMX on this host.
+pub(crate) struct Vmx {
+    per_cpu: PerCpu<PerCpuState>,
+    pub(super) features: HostFeatures,
+    pub(super) basic: Basic,
+    pub(super) controls: Controls,
+    pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
+    cache_flush: CacheFlush,
+    vpids: Vpids,
+}
+
+impl Vmx {
+    /// Whether this CPU has VMX, on or not.
+    pub(crate) fn present() -> bool {
+        cpu::cpuid(1, 0)[2] & 1 << 5 != 0
+    }
+
+    /// Looks at the host. Each refusal is one line in the log: `ENODEV` without VMX, `EPERM` when firmware disabled it, `EOPNOTSUPP`
+    /// without what Krab needs of it.
+    pub(crate) fn probe() -> Result<Arc<Self>> {
+        let features = cpu::host_features();
+        if !Self::present() {
+            pr_err!("this CPU has no VMX (or its hypervisor does not offer it): Krab needs Intel VMX with EPT\n");
+            return Err(ENODEV);
+        }
+        // The kernel locks the register at boot and then hides the feature if it was locked without it.
+        if !features.vmx || !firmware_allows() {
+            pr_err!("VMX is disabled by firmware: turn it on in the firmware's setup (often called VT-x)\n");
+            return Err(EPERM);
+        }
+        let basic = Basic(cpu::read_msr(msr::VMX_BASIC)?);
+        let controls = negotiate(basic)?;
+        let cache_flush = CacheFlush::new(&features)?;
+        let per_cpu = PerCpu::new(|| {
+            Ok(PerCpuState {
+                operation: Operation::new(basic.revision())?,
+                host: Cell::new(None),
+                last_vcpu: Cell::new(0),
+            })
+        })?;
+        let mut msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
+        msr_bitmap.0.fill(0xFF);
+        for msr in PASSED_THROUGH {
+            pass_through(&mut msr_bitmap.0, msr);
+        }
+        let vpids = Vpids::new()?;
+        Ok(Arc::new(Self { per_cpu, features, basic, controls, msr_bitmap, cache_flush, vpids }, GFP_KERNEL)?)
+    }
+
+    /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
+    #[inline]
+    pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
+        let last = self.per_cpu.get(irqs).last_vcpu.replace(vcpu);
+        if last != vcpu && self.features.ibpb {
+            // Each vCPU is a prediction domain of its own.
+            cpu::write_pred_cmd(PRED_CMD_IBPB);
+        }
+        if self.features.ibpb_exit_to_user {
+            cpu::ibpb_before_user(irqs);
+        }
+    }
+
+    /// Host code ran on this CPU: nothing of what it used may be in the cache for a guest to read by L1TF.
+    #[inline]
+    pub(super) fn flush_cache(&self) {
+        self.cache_flush.flush();
+    }
+
+    /// What this CPU needs for VMX operation.
+    #[inline]
+    pub(super) fn operation<'a>(&'a self, irqs: &'a IrqsOff) -> &'a Operation {
+        &self.per_cpu.get(irqs).operation
+    }
+
+    /// Calls `f` with what exits load on this CPU.
+    #[inline]
+    pub(super) fn with_host_state<R>(&self, irqs: &IrqsOff, f: impl FnOnce(&HostState) -> R) -> R {
+        let state = self.per_cpu.get(irqs);
+        let host = state.host.take().unwrap_or_else(|| host_state(irqs));
+        let result = f(&host);
+        state.host.set(Some(host));
+        result
+    }
+
+    /// A VPID that no other vCPU has, or `None` when all are taken or the CPU has none.
+    pub(super) fn take_vpid(&self) -> Option<u16> {
+        if self.controls.secondary & secondary::VPID == 0 {
+            return None;
+        }
+        self.vpids.take()
+    }
+
+    /// Gives it back.
+    pub(super) fn give_vpid(&self, vpid: u16) {
+        self.vpids.give(vpid);
+    }
+}
+
+impl Hardware for Vmx {
+    /// Nothing is left on outside of the run loop's stretches of interrupts off: this only looks whether it can be turned on.
+    fn enable(&self, irqs: &IrqsOff) -> Result {
+        // The CPU may have come back from suspend or a reset.
+        self.per_cpu.get(irqs).host.set(None);
+        if firmware_allows() {
+            Ok(())
+        } else {
+            Err(EPERM)
+        }
+    }
+
+    fn disable(&self, _irqs: &IrqsOff) {}
+}
+
+fn firmware_allows() -> bool {
+    let wanted = feature_control::LOCKED | feature_control::VMX_OUTSIDE_SMX;
+    cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0) & wanted == wanted
+}
+
+/// One bit for each of the 65536 identifiers. 0 is the host's.
+struct Vpids(KVVec<AtomicU64>);
+
+impl Vpids {
+    fn new() -> Result<Self> {
+        let mut words = KVVec::with_capacity(65536 / 64, GFP_KERNEL)?;
+        for index in 0..65536 / 64 {
+            words.push(AtomicU64::new(u64::from(index == 0)), GFP_KERNEL)?;
+        }
+        Ok(Self(words))
+    }
+
+    fn take(&self) -> Option<u16> {
+        for (index, word) in self.0.iter().enumerate() {
+            loop {
+                let old = word.load(Ordering::Relaxed);
+                let bit = old.trailing_ones();
+                if bit == 64 {
+                    break;
+                }
+                if word.compare_exchange(old, old | 1 << bit, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+                    return Some((index * 64 + bit as usize) as u16);
+                }
+            }
+        }
+        None
+    }
+
+    fn give(&self, vpid: u16) {
+        if let Some(word) = self.0.get(usize::from(vpid / 64)) {
+            word.fetch_and(!(1 << (vpid % 64)), Ordering::Relaxed);
+        }
+    }
+}
+
+/// MSRs that the VMCS or [`TaskState`](crate::glue::vmx::TaskState) switches and that guests use often: no exit.
+const PASSED_THROUGH: [u32; 3] = [msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE];
+
+/// Clears the read and write bits of `msr`. SDM "MSR-Bitmap Address": 1 KiB each for reads of low and high MSRs, then for writes.
+fn pass_through(map: &mut [u8], msr: u32) {
+    let (range, index) = match msr {
+        0..=0x1FFF => (0, msr),
+        0xC000_0000..=0xC000_1FFF => (0x400, msr & 0x1FFF),
+        _ => return,
+    };
+    for offset in [range, range + 0x800] {
+        if let Some(byte) = map.get_mut(offset + index as usize / 8) {
+            *byte &= !(1 << (index % 8));
+        }
+    }
+}
+
+fn negotiate(basic: Basic) -> Result<Controls> {
+    let read = |number: u32, true_number: u32| {
+        let number = if basic.true_controls() { true_number } else { number };
+        cpu::read_msr(number).map(Allowed)
+    };
+    let choose = |allowed: Allowed, wanted: u32, optional: u32, name: &str| {
+        if wanted & !allowed.may() != 0 {
+            pr_err!("this CPU's VMX lacks {name} controls {:#x}, which Krab needs\n", wanted & !allowed.may());
+            return Err(error::unsupported());
+        }
+        Ok(allowed.must() | wanted | optional & allowed.may())
+    };
+    let pin = choose(
+        read(msr::VMX_PINBASED_CTLS, msr::VMX_TRUE_PINBASED_CTLS)?,
+        pin::EXTERNAL_INTERRUPT_EXITING | pin::NMI_EXITING | pin::VIRTUAL_NMIS,
+        0,
+        "pin-based",
+    )?;
+    let primary = choose(
+        read(msr::VMX_PROCBASED_CTLS, msr::VMX_TRUE_PROCBASED_CTLS)?,
+        primary::USE_TSC_OFFSETTING
+            | primary::HLT_EXITING
+            | primary::MWAIT_EXITING
+            | primary::MONITOR_EXITING
+            | primary::RDPMC_EXITING
+            | primary::MOV_DR_EXITING
+            | primary::UNCONDITIONAL_IO_EXITING
+            | primary::USE_MSR_BITMAPS
+            | primary::TPR_SHADOW
+            | primary::ACTIVATE_SECONDARY,
+        0,
+        "primary",
+    )? & !(primary::CR3_LOAD_EXITING
+        | primary::CR3_STORE_EXITING
+        | primary::CR8_LOAD_EXITING
+        | primary::CR8_STORE_EXITING);
+    let secondary = choose(
+        cpu::read_msr(msr::VMX_PROCBASED_CTLS2).map(Allowed)?,
+        secondary::EPT | secondary::UNRESTRICTED_GUEST | secondary::WBINVD_EXITING,
+        secondary::VPID | secondary::RDTSCP | secondary::INVPCID,
+        "secondary",
+    )?;
+    let exit = choose(
+        read(msr::VMX_EXIT_CTLS, msr::VMX_TRUE_EXIT_CTLS)?,
+        exit::HOST_ADDRESS_SPACE_SIZE | exit::LOAD_EFER | exit::LOAD_PAT,
+        0,
+        "exit",
+    )?;
+    let entry = choose(
+        read(msr::VMX_ENTRY_CTLS, msr::VMX_TRUE_ENTRY_CTLS)?,
+        entry::LOAD_EFER | entry::LOAD_PAT | entry::LOAD_DEBUG_CONTROLS,
+        0,
+        "entry",
+    )?;
+    let ept_vpid = cpu::read_msr(msr::VMX_EPT_VPID_CAP)?;
+    let needed = ept_vpid::WALK_4 | ept_vpid::POINTER_WB | ept_vpid::INVEPT;
+    if ept_vpid & needed != needed {
+        pr_err!("this CPU's EPT lacks four levels, write-back tables or INVEPT, which Krab needs\n");
+        return Err(error::unsupported());
+    }
+    Ok(Controls {
+        pin,
+        primary,
+        secondary,
+        exit,
+        entry,
+        ept_vpid,
+        cr0_must: cpu::read_msr(msr::VMX_CR0_FIXED0)? & !(crate::arch::cr::cr0::PE | crate::arch::cr::cr0::PG),
+        cr4_must: cpu::read_msr(msr::VMX_CR4_FIXED0)?,
+    })
+}
