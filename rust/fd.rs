@@ -3,11 +3,17 @@
 //!
 //! `owner` is always this module: an open file keeps it loaded, so `rmmod` says busy instead of pulling the code away
 //! from under the file. (The kernel crate's `MiscDevice` leaves the owner empty.)
-use core::{marker::PhantomData, mem::ManuallyDrop, ptr};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    ptr::{self, NonNull},
+};
 use kernel::{
     bindings,
+    error::from_err_ptr,
+    fs::file::{File, FileDescriptorReservation},
     prelude::*,
-    sync::{Arc, ArcBorrow},
+    sync::{aref::ARef, Arc, ArcBorrow},
     types::Opaque,
 };
 
@@ -41,7 +47,7 @@ pub trait FileOperations: Send + Sync + Sized + 'static {
 /// # Invariants
 ///
 /// A `struct file` that carries these operations has in `private_data` what [`Arc::into_raw`] gave for an `Arc<T>`; that
-/// reference belongs to the file from `anon_inode_getfd` until `release`.
+/// reference belongs to the file from `anon_inode_getfile` until `release`.
 struct FileTable<T>(PhantomData<T>);
 
 impl<T: FileOperations> FileTable<T> {
@@ -104,24 +110,48 @@ impl<T: FileOperations> FileTable<T> {
     }
 }
 
-/// A new file descriptor (close-on-exec, read-write) whose file owns `this`. Userspace may use it before this returns.
-pub fn anon_fd<T: FileOperations>(this: Arc<T>) -> Result<i32> {
+/// A file and a number for it that userspace cannot use yet.
+pub struct NewFile {
+    number: FileDescriptorReservation,
+    file: ARef<File>,
+}
+
+impl NewFile {
+    /// Lets userspace have it. Returns the descriptor, which may be used, and closed, before this returns.
+    pub fn install(self) -> i32 {
+        let number = self.number.reserved_fd();
+        self.number.fd_install(self.file);
+        number as i32
+    }
+}
+
+/// A file (close-on-exec, read-write) that owns `this`. EMFILE, ENFILE or ENOMEM without a descriptor or memory for it.
+pub fn anon_file<T: FileOperations>(this: Arc<T>) -> Result<NewFile> {
+    let number = FileDescriptorReservation::get_unused_fd_flags(bindings::O_CLOEXEC)?;
     let raw = Arc::into_raw(this);
     // SAFETY: the name and the table are static; the table's `private_data` is what its invariant asks for.
-    let fd = unsafe {
-        own::anon_inode_getfd(
+    let file = from_err_ptr(unsafe {
+        own::anon_inode_getfile(
             T::NAME.as_char_ptr(),
             &FileTable::<T>::FILE,
             raw.cast_mut().cast(),
-            (bindings::O_RDWR | bindings::O_CLOEXEC) as c_int,
+            bindings::O_RDWR as c_int,
         )
-    };
-    if fd < 0 {
-        // SAFETY: no file was made, so the reference is still ours.
-        drop(unsafe { Arc::from_raw(raw) });
-        return Err(Error::from_errno(fd));
+    });
+    match file {
+        // SAFETY: the file is new and its reference ours; nobody uses its position.
+        Ok(file) => Ok(NewFile { number, file: unsafe { ARef::from_raw(NonNull::new(file.cast()).ok_or(ENOMEM)?) } }),
+        Err(error) => {
+            // SAFETY: no file was made, so the reference is still ours.
+            drop(unsafe { Arc::from_raw(raw) });
+            Err(error)
+        }
     }
-    Ok(fd)
+}
+
+/// A new file descriptor (close-on-exec, read-write) whose file owns `this`. Userspace may use it before this returns.
+pub fn anon_fd<T: FileOperations>(this: Arc<T>) -> Result<i32> {
+    Ok(anon_file(this)?.install())
 }
 
 /// The module's device node: opening it creates nothing, only `ioctl` does.

@@ -20,7 +20,7 @@
 #include "vmx.h"
 
 /* fd.rs */
-int anon_inode_getfd(const char *name, const struct file_operations *fops, void *priv, int flags);
+struct file *anon_inode_getfile(const char *name, const struct file_operations *fops, void *priv, int flags);
 
 /* user.rs */
 void krab_pagefault_disable(void);

@@ -375,7 +375,11 @@ impl<V: Vendor> State<V> {
     /// A read from a device in the kernel. `None`: userspace has it.
     fn device_read(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8) -> Option<u64> {
         match (self.lapic_offset(gpa), &mut self.lapic) {
-            (Some(offset), Some(lapic)) => Some(lapic.mmio_read(offset, len, timer::now_ns())),
+            (Some(offset), Some(lapic)) => {
+                let value = lapic.mmio_read(offset, len, timer::now_ns());
+                self.lapic_accessed(vm, offset, false);
+                Some(value)
+            }
             _ => vm.irq.mmio_read(gpa, len),
         }
     }
@@ -386,6 +390,7 @@ impl<V: Vendor> State<V> {
             (Some(offset), Some(lapic)) => {
                 let work = lapic.mmio_write(offset, len, value, write_time(offset));
                 self.lapic_work(vm, work);
+                self.lapic_accessed(vm, offset, true);
                 true
             }
             _ => vm.irq.mmio_write(gpa, len, value),

@@ -55,6 +55,13 @@ pub(crate) enum ToUser {
     Halt,
     Shutdown,
     InterruptWindow,
+    IoapicEoi {
+        vector: u8,
+    },
+    TprAccess {
+        rip: u64,
+        write: bool,
+    },
     FailEntry {
         reason: u64,
     },
@@ -86,6 +93,14 @@ impl ToUser {
             Self::Halt => KVM_EXIT_HLT,
             Self::Shutdown => KVM_EXIT_SHUTDOWN,
             Self::InterruptWindow => KVM_EXIT_IRQ_WINDOW_OPEN,
+            Self::IoapicEoi { vector } => {
+                run.write(EXIT_UNION, &ExitIoapicEoi { vector });
+                KVM_EXIT_IOAPIC_EOI
+            }
+            Self::TprAccess { rip, write } => {
+                run.write(EXIT_UNION, &ExitTprAccess { rip, is_write: write.into(), pad: 0 });
+                KVM_EXIT_TPR_ACCESS
+            }
             Self::FailEntry { reason } => {
                 let fail = ExitFailEntry {
                     hardware_entry_failure_reason: reason,

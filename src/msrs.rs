@@ -12,7 +12,7 @@ use crate::{
     glue::{cpu, fpu::GuestFpu, timer},
     guest::{Exception, Gpr},
     policy::msr::{By, Context, Effect, Read, Register, Write},
-    vcpu::{request, Core, State},
+    vcpu::{Core, State},
     vendor::{HardwareMsr, Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -117,7 +117,7 @@ impl<V: Vendor> State<V> {
             Write::Done => return Ok(()),
             Write::Gp => return Err(Refused::Gp),
             Write::Effect(effect) => {
-                self.msr_effect(vm, effect);
+                self.msr_effect(effect);
                 return Ok(());
             }
             Write::Register(register, value) => (register, value),
@@ -163,7 +163,7 @@ impl<V: Vendor> State<V> {
         Ok(())
     }
 
-    fn msr_effect(&mut self, vm: &Vm<V>, effect: Effect) {
+    fn msr_effect(&mut self, effect: Effect) {
         match effect {
             Effect::Pat(value) => self.hw.set_msr(HardwareMsr::Pat, value),
             Effect::TscOffset(moved) => {
@@ -176,11 +176,6 @@ impl<V: Vendor> State<V> {
             Effect::PvEoi(_) => {}
             Effect::PredCmd(value) => cpu::write_pred_cmd(value),
             Effect::FlushCmd(value) => cpu::write_flush_cmd(value),
-        }
-        if self.clock.wants_update() {
-            if let Some(peer) = vm.peers.get(self.index) {
-                peer.kick.post_quietly(request::CLOCK);
-            }
         }
     }
 

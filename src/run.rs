@@ -113,7 +113,7 @@ impl<V: Vendor> Vcpu<V> {
     fn give_user_state(&self, core: &Core<V>) {
         let state = &core.state;
         let enabled = state.regs.rflags & rflags::IF != 0;
-        let ready = state.lapic.is_some() || state.takes_user_interrupt();
+        let ready = !state.user_pic || state.takes_user_interrupt();
         self.run.store(run::IF_FLAG, u8::from(enabled));
         self.run.store(run::READY_FOR_INTERRUPT_INJECTION, u8::from(ready));
         self.run.store(run::FLAGS, 0u16);
@@ -153,6 +153,9 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.update_steal_time(&self.vm);
             }
             self.serve_requests(core);
+            if let Some(reason) = core.state.apic_user.take() {
+                return Ok(reason);
+            }
             if core.state.events.triple_fault {
                 core.state.reset_cpu();
                 return Ok(ToUser::Shutdown);
@@ -163,10 +166,17 @@ impl<V: Vendor> Vcpu<V> {
                     core.state.mp_state = MpState::Runnable;
                     return Ok(ToUser::Halt);
                 }
+                let wanted = core.state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
+                if wanted && core.state.takes_user_interrupt() {
+                    return Ok(ToUser::InterruptWindow);
+                }
                 self.block(core)?;
                 continue;
             }
-            let reason = match self.run_guest(core) {
+            core.state.fill_shared_word(&self.vm);
+            let ended = self.run_guest(core);
+            core.state.take_shared_word(&self.vm);
+            let reason = match ended {
                 Slow::Work => None,
                 Slow::Exit(exit) => self.handle_slow(core, &exit)?,
                 Slow::Device(fault) => self.emulate(core, Some(&fault))?,
@@ -205,7 +215,7 @@ impl<V: Vendor> Vcpu<V> {
     fn run_guest(&self, core: &mut Core<V>) -> Slow {
         let Core { state, fpu, .. } = core;
         let window = fpu.enter();
-        let user_window = state.lapic.is_none() && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
+        let asked = state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
         let mut session = Session { state, begun: false };
         loop {
             // Interrupts that came while they were off are taken between two rounds of this loop.
@@ -235,6 +245,7 @@ impl<V: Vendor> Vcpu<V> {
                 if !self.peer.inbox.is_empty() {
                     break;
                 }
+                let user_window = asked && state.accepts_user_interrupt();
                 if user_window && state.takes_user_interrupt() {
                     return Slow::InterruptWindow;
                 }
@@ -252,6 +263,8 @@ impl<V: Vendor> Vcpu<V> {
                         // An exit in the middle of an event's delivery comes before any host interrupt. If it leads to the next
                         // such delivery, as #AC and #DB can without end, nothing but this lets the host have its turn.
                         Handled::Resume if state.events.is_mid_delivery() => break,
+                        // The guest may have changed its task priority without an exit.
+                        Handled::Resume if state.apic_user.shared_word.is_some() => return Slow::Work,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),
@@ -306,17 +319,25 @@ impl<V: Vendor> State<V> {
         self.lapic.as_ref().map_or(self.cr8, |lapic| lapic.cr8())
     }
 
-    /// Whether userspace, which has the interrupt controller, may inject an interrupt.
+    /// Whether there is room for an interrupt of userspace, which has the 8259A, and the local APIC lets it through.
+    fn accepts_user_interrupt(&self) -> bool {
+        self.user_interrupt.is_none() && self.lapic.as_ref().is_none_or(|lapic| lapic.accepts_pic())
+    }
+
+    /// Whether userspace may inject an interrupt now.
     pub(crate) fn takes_user_interrupt(&self) -> bool {
         let ready = self.readiness();
-        self.user_interrupt.is_none() && self.events.is_empty() && ready.interrupts_enabled && !ready.shadow
+        self.accepts_user_interrupt() && self.events.is_empty() && ready.interrupts_enabled && !ready.shadow
     }
 
     /// Whether an external interrupt waits that the guest's priorities let through.
     #[inline]
     fn interrupt_waits(&self) -> bool {
         match &self.lapic {
-            Some(lapic) => lapic.highest_pending().is_some() || self.pic_signal && lapic.accepts_pic(),
+            Some(lapic) => {
+                lapic.highest_pending().is_some()
+                    || (self.pic_signal || self.user_interrupt.is_some()) && lapic.accepts_pic()
+            }
             None => self.user_interrupt.is_some(),
         }
     }
@@ -364,6 +385,7 @@ impl<V: Vendor> State<V> {
                 *pic_signal = false;
                 vm.irq.acknowledge_pic()
             }
+            Some(lapic) if user_interrupt.is_some() && lapic.accepts_pic() => user_interrupt.take(),
             Some(lapic) => {
                 let vector = lapic.highest_pending()?;
                 lapic.acknowledge(vector);

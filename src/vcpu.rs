@@ -43,6 +43,7 @@ use crate::{
     },
     new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
+    to_user::LocalApicUser,
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -53,6 +54,8 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
+    /// Something waits for userspace.
+    pub(crate) const TO_USER: u64 = 1 << 2;
 }
 
 /// What other threads see of a vCPU.
@@ -81,17 +84,27 @@ impl Peers {
         Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0) }, GFP_KERNEL_ACCOUNT)?)
     }
 
-    /// Adds a vCPU and returns its index. The caller keeps others from adding at the same time. `EEXIST` when the id is taken,
-    /// `EINVAL` when there are [`MAX_VCPUS`].
-    pub(crate) fn add(&self, peer: Arc<Peer>) -> Result<usize> {
-        if self.iter().any(|other| other.id == peer.id) {
+    /// The index that a new vCPU will have. The caller keeps others from adding one until it is [added](Self::add). `EEXIST` when the
+    /// id is taken, `EINVAL` when there are [`MAX_VCPUS`].
+    fn place_for(&self, id: u32) -> Result<usize> {
+        if self.iter().any(|other| other.id == id) {
             return Err(EEXIST);
         }
         let index = self.count.load(Ordering::Relaxed);
-        let place = self.peers.get(index).ok_or(EINVAL)?;
-        place.populate(peer);
-        self.count.store(index + 1, Ordering::Release);
-        Ok(index)
+        if index < self.peers.len() {
+            Ok(index)
+        } else {
+            Err(EINVAL)
+        }
+    }
+
+    /// Adds a vCPU, which others find from now on.
+    pub(crate) fn add(&self, peer: Arc<Peer>) {
+        let index = self.count.load(Ordering::Relaxed);
+        if let Some(place) = self.peers.get(index) {
+            place.populate(peer);
+            self.count.store(index + 1, Ordering::Release);
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -231,6 +244,9 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
     pub(crate) user_apic_base: u64,
+    pub(crate) apic_user: LocalApicUser,
+    /// The 8259A is in userspace: it says when there is an interrupt of it.
+    pub(crate) user_pic: bool,
 }
 
 /// What the vCPU's thread works on.
@@ -265,8 +281,9 @@ pub(crate) struct Vcpu<V: Vendor> {
 }
 
 impl<V: Vendor> Vcpu<V> {
-    /// A vCPU in its reset state. Adds itself to the VM's; the caller keeps others from adding at the same time.
+    /// A vCPU in its reset state. The caller keeps others from making one until it has added it to the VM's.
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
+        let index = vm.peers.place_for(id)?;
         let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
@@ -274,16 +291,16 @@ impl<V: Vendor> Vcpu<V> {
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
+        let boots = id == vm.boot_cpu_id();
         let lapic = match vm.has_irqchip() {
-            true => Some(KBox::new(Lapic::new(id, id == 0, Default::default()), GFP_KERNEL_ACCOUNT)?),
+            true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
-        let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
+        let mp_state = if lapic.is_some() && !boots { MpState::Uninitialized } else { MpState::Runnable };
         let msrs = KBox::new(MsrState::new(&vm.host.msr_config), GFP_KERNEL_ACCOUNT)?;
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
         let (run, data) = (SharedPage::new()?, SharedPage::new()?);
-        let index = vm.peers.add(peer.clone())?;
         let mut state = State {
             hw,
             regs: Regs::default(),
@@ -302,10 +319,12 @@ impl<V: Vendor> Vcpu<V> {
             windows_open: false,
             timer,
             index,
-            clock: VcpuClock::default(),
+            clock: VcpuClock::new(peer.clone()),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
-            user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
+            user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
+            apic_user: LocalApicUser::default(),
+            user_pic: !vm.irq.has_pic(),
         };
         state.regs = RESET_REGS;
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
@@ -374,7 +393,7 @@ impl<V: Vendor> State<V> {
         self.reset_cpu();
         self.pic_signal = false;
         self.msrs.init();
-        self.clock = VcpuClock::default();
+        self.clock.reset();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;
@@ -405,7 +424,9 @@ impl<V: Vendor> State<V> {
             vm.peers.deliver(&message, Origin::Cpu(self.index));
         }
         if let Some(eoi) = work.eoi {
-            vm.irq.eoi(eoi);
+            if vm.irq.eoi(eoi) {
+                self.interrupt_ended(vm, eoi.vector);
+            }
         }
         if work.timer_changed {
             self.arm_timer();

@@ -5,8 +5,8 @@
 use kernel::prelude::*;
 
 use crate::{
-    abi::{ioctl::*, vcpu::*, FromZeros, IntoBytes},
-    arch::{cr::dr, Gva, Hva},
+    abi::{ioctl::*, vcpu::*, vm::KvmEnableCap, FromZeros, IntoBytes},
+    arch::{cr::dr, Gpa, Gva, Hva},
     dev::each_msr,
     glue::{lock::lock_killable, timer, user},
     guest::{
@@ -15,7 +15,7 @@ use crate::{
         Regs, SystemRegs,
     },
     irqchip::lapic::STATE_BYTES,
-    mmu::walk,
+    mmu::{guest_mem::GuestMem, walk},
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
     vcpu::{request, Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -134,7 +134,7 @@ impl<V: Vendor> Vcpu<V> {
             KVM_GET_LAPIC => {
                 core.state.drain_inbox(vm, &self.peer);
                 let lapic = core.state.lapic.as_ref().ok_or(EINVAL)?;
-                user::write_bytes(at, &lapic.save(timer::now_ns(), false))?;
+                user::write_bytes(at, &lapic.save(timer::now_ns(), vm.irq.rules().wide_ids))?;
                 Ok(0)
             }
             KVM_SET_LAPIC => {
@@ -142,14 +142,14 @@ impl<V: Vendor> Vcpu<V> {
                 user::read_bytes(at, &mut state)?;
                 core.state.drain_inbox(vm, &self.peer);
                 let lapic = core.state.lapic.as_mut().ok_or(EINVAL)?;
-                let work = lapic.restore(&state, timer::now_ns(), false).map_err(|_| EINVAL)?;
+                let work = lapic.restore(&state, timer::now_ns(), vm.irq.rules().wide_ids).map_err(|_| EINVAL)?;
                 core.state.lapic_work(vm, work);
                 core.state.arm_timer();
                 Ok(0)
             }
             KVM_INTERRUPT => with(at, |interrupt: KvmInterrupt| {
                 let vector = u8::try_from(interrupt.irq).map_err(|_| EINVAL)?;
-                if core.state.lapic.is_some() {
+                if !core.state.user_pic {
                     return Err(ENXIO);
                 }
                 if core.state.user_interrupt.is_some() {
@@ -184,7 +184,27 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.hw.set_dr7(regs.dr7 & dr::DR7_WRITABLE | dr::DR7_INIT);
                 Ok(())
             }),
+            KVM_SET_VAPIC_ADDR => with(at, |KvmVapicAddr { vapic_addr }: KvmVapicAddr| {
+                if core.state.lapic.is_none() {
+                    return Err(EINVAL);
+                }
+                let word = (vapic_addr != 0).then_some(Gpa(vapic_addr));
+                if let Some(word) = word {
+                    vm.memory.view(true).read_u32(word).map_err(|_| EINVAL)?;
+                }
+                core.state.apic_user.shared_word = word;
+                Ok(())
+            }),
+            KVM_TPR_ACCESS_REPORTING => with(at, |control: KvmTprAccessCtl| {
+                if control.flags != 0 {
+                    return Err(EINVAL);
+                }
+                core.state.apic_user.report_task_priority = control.enabled != 0;
+                user::write(at, &control)
+            }),
             KVM_X86_SETUP_MCE => with(at, |cap: u64| core.state.msrs.setup_mce(cap).map_err(|_| EINVAL)),
+            // What a vCPU can be given belongs to other hypervisors' interfaces.
+            KVM_ENABLE_CAP => with(at, |_: KvmEnableCap| Err(EINVAL)),
             KVM_SET_SIGNAL_MASK => {
                 core.signal_mask = match arg {
                     0 => None,
@@ -218,7 +238,7 @@ impl<V: Vendor> State<V> {
         let mut sregs = KvmSregs::new(&regs, self.apic_base());
         let queued = match self.events.unfinished {
             Some(Event::Interrupt(vector)) => Some(vector),
-            _ => self.user_interrupt,
+            _ => self.user_interrupt.filter(|_| self.lapic.is_none()),
         };
         if let Some(vector) = queued {
             sregs.interrupt_bitmap[usize::from(vector >> 6)] |= 1 << (vector & 63);
@@ -243,7 +263,7 @@ impl<V: Vendor> State<V> {
         }
         let interrupt = match self.events.unfinished {
             Some(Event::Interrupt(vector)) => Some(vector),
-            _ => self.user_interrupt,
+            _ => self.user_interrupt.filter(|_| self.lapic.is_none()),
         };
         events.interrupt = KvmEventInterrupt {
             injected: u8::from(interrupt.is_some()),
@@ -387,6 +407,10 @@ impl<V: Vendor> Core<V> {
         } else {
             None
         };
+        if state.lapic.is_none() {
+            // The same interrupt is in KVM_SET_SREGS: it must not come twice.
+            state.user_interrupt = None;
+        }
         if events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
             state.events.nmis = events.nmi.pending.min(2);
         }

@@ -5,6 +5,8 @@
 //! held while a guest runs but the vCPU's own `core`.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
 use kernel::{
     new_mutex,
     prelude::*,
@@ -16,8 +18,8 @@ use crate::{
         ioctl::*,
         irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
         vm::{
-            KvmClockData, KvmDirtyLog, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
-            KVM_CLOCK_TSC_STABLE,
+            KvmClearDirtyLog, KvmClockData, KvmDirtyLog, KvmEnableCap, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC,
+            KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
         },
         FromZeros,
     },
@@ -43,7 +45,9 @@ pub(crate) struct Vm<V: Vendor> {
     pub(crate) irq: Irq,
     /// Held while something is made that others must not make at the same time.
     #[pin]
-    setup: Mutex<()>,
+    pub(crate) setup: Mutex<()>,
+    /// Id of the vCPU that starts at the reset vector.
+    boot_cpu: AtomicU32,
     pub(crate) peers: Arc<Peers>,
     #[pin]
     pub(crate) clock: VmClock,
@@ -62,6 +66,7 @@ impl<V: Vendor> Vm<V> {
                 memory <- Memory::new(peers.clone(), levels),
                 irq <- Irq::new(peers.clone()),
                 setup <- new_mutex!(()),
+                boot_cpu: 0.into(),
                 peers,
                 clock <- VmClock::new(),
                 host,
@@ -70,7 +75,11 @@ impl<V: Vendor> Vm<V> {
         )?)
     }
 
-    /// Whether interrupt controllers are in the kernel.
+    pub(crate) fn boot_cpu_id(&self) -> u32 {
+        self.boot_cpu.load(Relaxed)
+    }
+
+    /// Whether local APICs are in the kernel.
     pub(crate) fn has_irqchip(&self) -> bool {
         self.irq.exists()
     }
@@ -116,7 +125,12 @@ impl<V: Vendor> FileOperations for Vm<V> {
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
                 let _setup = this.setup.lock();
-                Ok(fd::anon_fd(Vcpu::new(this.into(), id)?)? as isize)
+                let vcpu = Vcpu::new(this.into(), id)?;
+                let peer = vcpu.peer.clone();
+                // Nothing fails once the vCPU is there: what is refused leaves its id free.
+                let file = fd::anon_file(vcpu)?;
+                this.peers.add(peer);
+                Ok(file.install() as isize)
             }
             KVM_SET_USER_MEMORY_REGION => {
                 this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;
@@ -124,6 +138,10 @@ impl<V: Vendor> FileOperations for Vm<V> {
             }
             KVM_GET_DIRTY_LOG => {
                 this.memory.get_dirty_log(&user::read::<KvmDirtyLog>(at)?)?;
+                Ok(0)
+            }
+            KVM_CLEAR_DIRTY_LOG => {
+                this.memory.clear_dirty_log(&user::read::<KvmClearDirtyLog>(at)?)?;
                 Ok(0)
             }
             // Only VMX without unrestricted guest needs this memory.
@@ -179,6 +197,18 @@ impl<V: Vendor> FileOperations for Vm<V> {
                     line.irq = status as u32;
                     user::write(at, &line)?;
                 }
+                Ok(0)
+            }
+            KVM_SET_BOOT_CPU_ID => {
+                let _setup = this.setup.lock();
+                if this.peers.len() > 0 {
+                    return Err(EBUSY);
+                }
+                this.boot_cpu.store(u32::try_from(arg).ok().filter(|&id| id <= MAX_VCPUS).ok_or(EINVAL)?, Relaxed);
+                Ok(0)
+            }
+            KVM_ENABLE_CAP => {
+                this.enable_cap(&user::read::<KvmEnableCap>(at)?)?;
                 Ok(0)
             }
             KVM_SET_GSI_ROUTING => {

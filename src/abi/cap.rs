@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 use super::irq::KVM_MAX_IRQ_ROUTES;
-use super::vm::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE};
+use super::vm::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, KVM_X2APIC_API_VALID_FLAGS};
 
 /// Machine-check banks a vCPU may be given.
 pub const MCE_BANKS: u32 = 32;
@@ -93,7 +93,7 @@ capabilities! {
     KVM_CAP_MMU_SHADOW_CACHE_CONTROL = 2, No;
     KVM_CAP_USER_MEMORY = 3, Value(1);
     KVM_CAP_SET_TSS_ADDR = 4, Value(1);
-    KVM_CAP_VAPIC = 6, No;
+    KVM_CAP_VAPIC = 6, Value(1);
     KVM_CAP_EXT_CPUID = 7, Value(1);
     KVM_CAP_CLOCKSOURCE = 8, Value(1);
     KVM_CAP_NR_VCPUS = 9, RecommendedVcpus, "CPUs online";
@@ -116,7 +116,7 @@ capabilities! {
     KVM_CAP_MCE = 31, Value(MCE_BANKS), "banks";
     KVM_CAP_IRQFD = 32, Value(1);
     KVM_CAP_PIT2 = 33, Value(1);
-    KVM_CAP_SET_BOOT_CPU_ID = 34, No;
+    KVM_CAP_SET_BOOT_CPU_ID = 34, Value(1);
     KVM_CAP_PIT_STATE2 = 35, Value(1);
     KVM_CAP_IOEVENTFD = 36, Value(1);
     KVM_CAP_SET_IDENTITY_MAP_ADDR = 37, Value(1);
@@ -131,7 +131,7 @@ capabilities! {
     KVM_CAP_INTR_SHADOW = 49, Value(1);
     KVM_CAP_DEBUGREGS = 50, Value(1);
     KVM_CAP_X86_ROBUST_SINGLESTEP = 51, Value(1);
-    KVM_CAP_ENABLE_CAP = 54, No;
+    KVM_CAP_ENABLE_CAP = 54, Value(1);
     KVM_CAP_XSAVE = 55, Value(1);
     KVM_CAP_XCRS = 56, Xsave, "1 where the host has XSAVE";
     KVM_CAP_ASYNC_PF = 59, No;
@@ -150,7 +150,7 @@ capabilities! {
     KVM_CAP_EXT_EMUL_CPUID = 95, No;
     KVM_CAP_HYPERV_TIME = 96, No;
     KVM_CAP_IOAPIC_POLARITY_IGNORED = 97, Value(1);
-    KVM_CAP_ENABLE_CAP_VM = 98, No;
+    KVM_CAP_ENABLE_CAP_VM = 98, Value(1);
     KVM_CAP_IOEVENTFD_NO_LENGTH = 100, Value(1);
     KVM_CAP_VM_ATTRIBUTES = 101, No;
     KVM_CAP_CHECK_EXTENSION_VM = 105, Value(1);
@@ -159,12 +159,12 @@ capabilities! {
     KVM_CAP_MULTI_ADDRESS_SPACE = 118, No;
     KVM_CAP_GUEST_DEBUG_HW_BPS = 119, No;
     KVM_CAP_GUEST_DEBUG_HW_WPS = 120, No;
-    KVM_CAP_SPLIT_IRQCHIP = 121, No;
+    KVM_CAP_SPLIT_IRQCHIP = 121, Value(1);
     KVM_CAP_IOEVENTFD_ANY_LENGTH = 122, Value(1);
     KVM_CAP_HYPERV_SYNIC = 123, No;
     KVM_CAP_VCPU_ATTRIBUTES = 127, No;
     KVM_CAP_MAX_VCPU_ID = 128, MaxVcpuId;
-    KVM_CAP_X2APIC_API = 129, No;
+    KVM_CAP_X2APIC_API = 129, Value(KVM_X2APIC_API_VALID_FLAGS), "flags";
     KVM_CAP_IMMEDIATE_EXIT = 136, Value(1);
     KVM_CAP_X86_DISABLE_EXITS = 143, No;
     KVM_CAP_HYPERV_SYNIC2 = 148, No;
@@ -180,7 +180,7 @@ capabilities! {
     KVM_CAP_EXCEPTION_PAYLOAD = 164, No;
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT = 166, No;
     KVM_CAP_HYPERV_CPUID = 167, No;
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168, No;
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168, Value(3), "flags";
     KVM_CAP_PMU_EVENT_FILTER = 173, No;
     KVM_CAP_HYPERV_DIRECT_TLBFLUSH = 175, No;
     KVM_CAP_HALT_POLL = 182, No;

@@ -138,7 +138,7 @@ ioctls! {
     KVM_REINJECT_CONTROL = io(0x71), 0xAE71, V, Refused;
     KVM_IRQFD = iow::<KvmIrqfd>(0x76), 0x4020_AE76, V, Supported;
     KVM_CREATE_PIT2 = iow::<KvmPitConfig>(0x77), 0x4040_AE77, V, Supported;
-    KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Refused;
+    KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Supported;
     KVM_IOEVENTFD = iow::<KvmIoeventfd>(0x79), 0x4040_AE79, V, Supported;
     KVM_XEN_HVM_CONFIG = number(WRITE, 0x7A, 56), 0x4038_AE7A, V, Refused;
     KVM_SET_CLOCK = iow::<KvmClockData>(0x7B), 0x4030_AE7B, V, Supported;
@@ -167,8 +167,8 @@ ioctls! {
     KVM_SET_LAPIC = iow::<KvmLapicState>(0x8F), 0x4400_AE8F, C, Supported;
     KVM_SET_CPUID2 = iow::<KvmCpuid2>(0x90), 0x4008_AE90, C, Supported;
     KVM_GET_CPUID2 = iowr::<KvmCpuid2>(0x91), 0xC008_AE91, C, Supported;
-    KVM_TPR_ACCESS_REPORTING = iowr::<KvmTprAccessCtl>(0x92), 0xC028_AE92, C, Refused;
-    KVM_SET_VAPIC_ADDR = iow::<KvmVapicAddr>(0x93), 0x4008_AE93, C, Refused;
+    KVM_TPR_ACCESS_REPORTING = iowr::<KvmTprAccessCtl>(0x92), 0xC028_AE92, C, Supported;
+    KVM_SET_VAPIC_ADDR = iow::<KvmVapicAddr>(0x93), 0x4008_AE93, C, Supported;
     KVM_GET_MP_STATE = ior::<KvmMpState>(0x98), 0x8004_AE98, C, Supported;
     KVM_SET_MP_STATE = iow::<KvmMpState>(0x99), 0x4004_AE99, C, Supported;
     KVM_NMI = io(0x9A), 0xAE9A, C, Supported;
@@ -180,7 +180,7 @@ ioctls! {
     KVM_SET_VCPU_EVENTS = iow::<KvmVcpuEvents>(0xA0), 0x4040_AEA0, C, Supported;
     KVM_GET_DEBUGREGS = ior::<KvmDebugregs>(0xA1), 0x8080_AEA1, C, Supported;
     KVM_SET_DEBUGREGS = iow::<KvmDebugregs>(0xA2), 0x4080_AEA2, C, Supported;
-    KVM_ENABLE_CAP = iow::<KvmEnableCap>(0xA3), 0x4068_AEA3, V.or(C), Refused;
+    KVM_ENABLE_CAP = iow::<KvmEnableCap>(0xA3), 0x4068_AEA3, V.or(C), Supported;
     KVM_GET_XSAVE = ior::<KvmXsave>(0xA4), 0x9000_AEA4, C, Supported;
     KVM_SET_XSAVE = iow::<KvmXsave>(0xA5), 0x5000_AEA5, C, Supported;
     KVM_GET_XCRS = ior::<KvmXcrs>(0xA6), 0x8188_AEA6, C, Supported;
@@ -196,7 +196,7 @@ ioctls! {
     KVM_HYPERV_EVENTFD = number(WRITE, 0xBD, 24), 0x4018_AEBD, V, Refused;
     KVM_GET_NESTED_STATE = number(READ | WRITE, 0xBE, 128), 0xC080_AEBE, C, Refused, "no nested virtualization";
     KVM_SET_NESTED_STATE = number(WRITE, 0xBF, 128), 0x4080_AEBF, C, Refused, "no nested virtualization";
-    KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Refused;
+    KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Supported;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
     KVM_X86_SET_MSR_FILTER = number(WRITE, 0xC6, 392), 0x4188_AEC6, V, Refused;
     KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;

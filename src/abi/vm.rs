@@ -134,6 +134,12 @@ pub const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
 pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
 pub const KVM_DIRTY_LOG_INITIALLY_SET: u64 = 1 << 1;
 
+/// KVM_CAP_X2APIC_API: APIC IDs in KVM_GET_LAPIC, in routes and in messages have 32 bits.
+pub const KVM_X2APIC_API_USE_32BIT_IDS: u32 = 1 << 0;
+/// A device's message to FFh goes to the CPU of that x2APIC ID, not to all.
+pub const KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK: u32 = 1 << 1;
+pub const KVM_X2APIC_API_VALID_FLAGS: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+
 /// Do not use 1: old kernels returned it from KVM_CHECK_EXTENSION before there were flags.
 pub const KVM_CLOCK_TSC_STABLE: u32 = 1 << 1;
 pub const KVM_CLOCK_REALTIME: u32 = 1 << 2;

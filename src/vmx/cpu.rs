@@ -11,13 +11,7 @@ use kernel::{prelude::*, sync::Arc};
 
 use super::insn::Operation;
 use crate::{
-    arch::{
-        msr,
-        vmcs::{
-            caps::{ept_vpid, feature_control, Allowed, Basic},
-            control::{entry, exit, pin, primary, secondary},
-        },
-    },
+    arch::{cpuid::leaf7_ecx, msr},
     glue::{
         cpu::{self, HostFeatures, IrqsOff},
         error,
@@ -25,6 +19,10 @@ use crate::{
         phys::{Bytes, PhysBox},
         virt::Hardware,
         vmx::{host_state, CacheFlush, HostState},
+    },
+    policy::vmx::{
+        negotiate::{enabled_by_firmware, negotiate},
+        CapabilityMsrs, Config, Options,
     },
 };
 
@@ -39,25 +37,14 @@ struct PerCpuState {
     last_vcpu: Cell<u64>,
 }
 
-/// The control words of every VMCS, but for the bits that change while a guest runs.
-#[derive(Clone, Copy)]
-pub(super) struct Controls {
-    pub(super) pin: u32,
-    pub(super) primary: u32,
-    pub(super) secondary: u32,
-    pub(super) exit: u32,
-    pub(super) entry: u32,
-    pub(super) ept_vpid: u64,
-    pub(super) cr0_must: u64,
-    pub(super) cr4_must: u64,
-}
-
 /// Intel VMX on this host.
 pub(crate) struct Vmx {
     per_cpu: PerCpu<PerCpuState>,
-    pub(super) features: HostFeatures,
-    pub(super) basic: Basic,
-    pub(super) controls: Controls,
+    features: HostFeatures,
+    /// Control words and what else of VMX is used.
+    pub(super) config: Config,
+    /// Bits of a linear address.
+    pub(super) linear_bits: u32,
     pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
     cache_flush: CacheFlush,
     vpids: Vpids,
@@ -82,12 +69,16 @@ impl Vmx {
             pr_err!("VMX is disabled by firmware: turn it on in the firmware's setup (often called VT-x)\n");
             return Err(EPERM);
         }
-        let basic = Basic(cpu::read_msr(msr::VMX_BASIC)?);
-        let controls = negotiate(basic)?;
+        let [signature, ..] = cpu::cpuid(1, 0);
+        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
+        let config = negotiate(&capabilities, Options { apicv: false }).map_err(|refusal| {
+            pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
+            error::unsupported()
+        })?;
         let cache_flush = CacheFlush::new(&features)?;
         let per_cpu = PerCpu::new(|| {
             Ok(PerCpuState {
-                operation: Operation::new(basic.revision())?,
+                operation: Operation::new(config.revision)?,
                 host: Cell::new(None),
                 last_vcpu: Cell::new(0),
             })
@@ -98,7 +89,8 @@ impl Vmx {
             pass_through(&mut msr_bitmap.0, msr);
         }
         let vpids = Vpids::new()?;
-        Ok(Arc::new(Self { per_cpu, features, basic, controls, msr_bitmap, cache_flush, vpids }, GFP_KERNEL)?)
+        let linear_bits = if cpu::cpuid(7, 0)[2] & leaf7_ecx::LA57 != 0 { 57 } else { 48 };
+        Ok(Arc::new(Self { per_cpu, features, config, linear_bits, msr_bitmap, cache_flush, vpids }, GFP_KERNEL)?)
     }
 
     /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
@@ -138,10 +130,7 @@ impl Vmx {
 
     /// A VPID that no other vCPU has, or `None` when all are taken or the CPU has none.
     pub(super) fn take_vpid(&self) -> Option<u16> {
-        if self.controls.secondary & secondary::VPID == 0 {
-            return None;
-        }
-        self.vpids.take()
+        self.config.features.vpid.and_then(|_| self.vpids.take())
     }
 
     /// Gives it back.
@@ -166,8 +155,7 @@ impl Hardware for Vmx {
 }
 
 fn firmware_allows() -> bool {
-    let wanted = feature_control::LOCKED | feature_control::VMX_OUTSIDE_SMX;
-    cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0) & wanted == wanted
+    enabled_by_firmware(cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0))
 }
 
 /// One bit for each of the 65536 identifiers. 0 is the host's.
@@ -220,76 +208,4 @@ fn pass_through(map: &mut [u8], msr: u32) {
             *byte &= !(1 << (index % 8));
         }
     }
-}
-
-fn negotiate(basic: Basic) -> Result<Controls> {
-    let read = |number: u32, true_number: u32| {
-        let number = if basic.true_controls() { true_number } else { number };
-        cpu::read_msr(number).map(Allowed)
-    };
-    let choose = |allowed: Allowed, wanted: u32, optional: u32, name: &str| {
-        if wanted & !allowed.may() != 0 {
-            pr_err!("this CPU's VMX lacks {name} controls {:#x}, which Krab needs\n", wanted & !allowed.may());
-            return Err(error::unsupported());
-        }
-        Ok(allowed.must() | wanted | optional & allowed.may())
-    };
-    let pin = choose(
-        read(msr::VMX_PINBASED_CTLS, msr::VMX_TRUE_PINBASED_CTLS)?,
-        pin::EXTERNAL_INTERRUPT_EXITING | pin::NMI_EXITING | pin::VIRTUAL_NMIS,
-        0,
-        "pin-based",
-    )?;
-    let primary = choose(
-        read(msr::VMX_PROCBASED_CTLS, msr::VMX_TRUE_PROCBASED_CTLS)?,
-        primary::USE_TSC_OFFSETTING
-            | primary::HLT_EXITING
-            | primary::MWAIT_EXITING
-            | primary::MONITOR_EXITING
-            | primary::RDPMC_EXITING
-            | primary::MOV_DR_EXITING
-            | primary::UNCONDITIONAL_IO_EXITING
-            | primary::USE_MSR_BITMAPS
-            | primary::TPR_SHADOW
-            | primary::ACTIVATE_SECONDARY,
-        0,
-        "primary",
-    )? & !(primary::CR3_LOAD_EXITING
-        | primary::CR3_STORE_EXITING
-        | primary::CR8_LOAD_EXITING
-        | primary::CR8_STORE_EXITING);
-    let secondary = choose(
-        cpu::read_msr(msr::VMX_PROCBASED_CTLS2).map(Allowed)?,
-        secondary::EPT | secondary::UNRESTRICTED_GUEST | secondary::WBINVD_EXITING,
-        secondary::VPID | secondary::RDTSCP | secondary::INVPCID,
-        "secondary",
-    )?;
-    let exit = choose(
-        read(msr::VMX_EXIT_CTLS, msr::VMX_TRUE_EXIT_CTLS)?,
-        exit::HOST_ADDRESS_SPACE_SIZE | exit::LOAD_EFER | exit::LOAD_PAT,
-        0,
-        "exit",
-    )?;
-    let entry = choose(
-        read(msr::VMX_ENTRY_CTLS, msr::VMX_TRUE_ENTRY_CTLS)?,
-        entry::LOAD_EFER | entry::LOAD_PAT | entry::LOAD_DEBUG_CONTROLS,
-        0,
-        "entry",
-    )?;
-    let ept_vpid = cpu::read_msr(msr::VMX_EPT_VPID_CAP)?;
-    let needed = ept_vpid::WALK_4 | ept_vpid::POINTER_WB | ept_vpid::INVEPT;
-    if ept_vpid & needed != needed {
-        pr_err!("this CPU's EPT lacks four levels, write-back tables or INVEPT, which Krab needs\n");
-        return Err(error::unsupported());
-    }
-    Ok(Controls {
-        pin,
-        primary,
-        secondary,
-        exit,
-        entry,
-        ept_vpid,
-        cr0_must: cpu::read_msr(msr::VMX_CR0_FIXED0)? & !(crate::arch::cr::cr0::PE | crate::arch::cr::cr0::PG),
-        cr4_must: cpu::read_msr(msr::VMX_CR4_FIXED0)?,
-    })
 }

@@ -29,6 +29,7 @@ use crate::{
         phys::{Bytes, PhysBox},
     },
     guest::Regs,
+    policy::vmx::exit::Fields,
 };
 
 extern "C" {
@@ -307,6 +308,13 @@ fn read(encoding: u32) -> u64 {
 /// Proof that a VMCS is current on this CPU.
 #[derive(Clone, Copy)]
 pub(super) struct CurrentVmcs<'a>(&'a Vmcs);
+
+impl Fields for CurrentVmcs<'_> {
+    #[inline]
+    fn read<F: Readable>(&self, field: F) -> F::Value {
+        F::value(read(field.encoding()))
+    }
+}
 
 impl CurrentVmcs<'_> {
     #[inline]

@@ -9,7 +9,6 @@
 #![deny(unsafe_code)]
 
 mod cpu;
-mod exit;
 mod insn;
 mod state;
 mod vcpu;

@@ -16,15 +16,19 @@ use super::{
 };
 use crate::{
     arch::{
-        cr::{cr0, cr4, efer},
+        cr::{cr0, cr4, efer, rflags},
         segment::{DescriptorTable, Segment, SegmentName},
         vmcs::{
-            control::{activity, entry, interruptibility, pending_debug},
+            control::{activity, entry},
             AccessRights, Control32, ControlNatural, Guest32, Guest64, GuestNatural, SegmentFields,
         },
     },
     glue::{cpu::IrqsOff, vmx::SyscallMsrs},
     guest::SystemRegs,
+    policy::vmx::{
+        event::{fix_interruptibility, pending_debug_for},
+        guest_state::Context,
+    },
 };
 
 /// Numbers of segments: ES to GS as instructions encode them, then LDTR and TR.
@@ -33,6 +37,10 @@ pub(super) const TR: usize = 7;
 pub(super) const SS: usize = SegmentName::Ss as usize;
 pub(super) const FS: usize = SegmentName::Fs as usize;
 pub(super) const GS: usize = SegmentName::Gs as usize;
+
+/// Names of segments 0 to 5.
+const NAMES: [SegmentName; 6] =
+    [SegmentName::Es, SegmentName::Cs, SegmentName::Ss, SegmentName::Ds, SegmentName::Fs, SegmentName::Gs];
 
 /// The fields of segments 0 to 7.
 const SEGMENTS: [SegmentFields; 8] = {
@@ -68,7 +76,7 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) fn new(host: Arc<Vmx>) -> Result<Self> {
-        let vmcs = Vmcs::new(host.basic.revision())?;
+        let vmcs = Vmcs::new(host.config.revision)?;
         Ok(Self { host, vmcs, lost: Cell::new(false) })
     }
 
@@ -316,11 +324,6 @@ impl GuestState {
         }
         self.set_segment(LDTR, regs.ldtr);
         self.set_segment(TR, regs.tr);
-        let mut stack = regs.segments[SS];
-        if !stack.attributes.present() {
-            stack.attributes.0 = stack.attributes.0 & !0x60 | u16::from(regs.cpl & 3) << 5;
-            self.set_segment(SS, stack);
-        }
         self.set_gdtr(regs.gdtr);
         self.set_idtr(regs.idtr);
         self.set_cr3(regs.cr3);
@@ -334,47 +337,55 @@ impl GuestState {
     /// Writes what the software changed.
     #[cold]
     #[inline(never)]
-    pub(super) fn write_dirty(&mut self, vmcs: CurrentVmcs<'_>, host: &Vmx) {
+    pub(super) fn write_dirty(&mut self, machine: &Machine, vmcs: CurrentVmcs<'_>, rflags: u64) {
+        let config = &machine.host.config;
+        let stack = self.segment(machine, SS).attributes;
+        let context = Context::of(self.cr0, self.efer, rflags, stack, machine.host.linear_bits);
         let dirty = core::mem::take(&mut self.dirty);
         for (number, (segment, fields)) in self.segments.iter().zip(&SEGMENTS).enumerate() {
             if dirty & 1 << number != 0 {
-                let segment = segment.get();
-                vmcs.write(fields.selector, segment.selector);
-                vmcs.write(fields.base, segment.base);
-                vmcs.write(fields.limit, segment.limit);
-                vmcs.write(fields.access_rights, AccessRights::from_attributes(segment.attributes).0);
+                let segment = &segment.get();
+                let raw = match NAMES.get(number) {
+                    Some(name) => context.segment(*name, segment),
+                    None if number == LDTR => context.ldtr(segment),
+                    None => context.tr(segment),
+                };
+                vmcs.write(fields.selector, raw.selector);
+                vmcs.write(fields.base, raw.base);
+                vmcs.write(fields.limit, raw.limit);
+                vmcs.write(fields.access_rights, raw.access_rights.0);
             }
         }
         if dirty & group::GDTR != 0 {
-            let table = self.gdtr.get();
+            let table = context.table(self.gdtr.get());
             vmcs.write(GuestNatural::GdtrBase, table.base);
             vmcs.write(Guest32::GdtrLimit, table.limit.into());
         }
         if dirty & group::IDTR != 0 {
-            let table = self.idtr.get();
+            let table = context.table(self.idtr.get());
             vmcs.write(GuestNatural::IdtrBase, table.base);
             vmcs.write(Guest32::IdtrLimit, table.limit.into());
         }
         if dirty & group::CR3 != 0 {
-            vmcs.write(GuestNatural::Cr3, self.cr3.get());
+            vmcs.write(GuestNatural::Cr3, context.cr3(self.cr3.get()));
         }
         if dirty & group::INTERRUPTIBILITY != 0 {
-            vmcs.write(Guest32::Interruptibility, self.interruptibility.get());
+            vmcs.write(Guest32::Interruptibility, fix_interruptibility(self.interruptibility.get(), rflags));
         }
         if dirty & group::CR0 != 0 {
             // Entries do not load CD and NW: hardware's copy has caching on.
-            vmcs.write(GuestNatural::Cr0, self.cr0 & !(cr0::CD | cr0::NW) | host.controls.cr0_must);
+            vmcs.write(GuestNatural::Cr0, config.cr0.apply(self.cr0 & !(cr0::CD | cr0::NW)));
             vmcs.write(ControlNatural::Cr0Shadow, self.cr0);
         }
         if dirty & group::CR4 != 0 {
             // A machine check in a guest without MCE would shut the CPU down.
-            vmcs.write(GuestNatural::Cr4, self.cr4 | host.controls.cr4_must | cr4::MCE);
+            vmcs.write(GuestNatural::Cr4, config.cr4.apply(self.cr4 | cr4::MCE));
             vmcs.write(ControlNatural::Cr4Shadow, self.cr4);
         }
         if dirty & group::EFER != 0 {
             let long = if self.efer & efer::LMA != 0 { entry::IA32E_MODE_GUEST } else { 0 };
             vmcs.write(Guest64::Efer, self.efer);
-            vmcs.write(Control32::Entry, host.controls.entry | long);
+            vmcs.write(Control32::Entry, config.controls.entry | long);
         }
         if dirty & group::DR7 != 0 {
             vmcs.write(GuestNatural::Dr7, self.dr7);
@@ -396,9 +407,11 @@ impl GuestState {
     /// Non-Register State".
     #[cold]
     pub(super) fn prepare_single_step(&self, machine: &Machine, vmcs: CurrentVmcs<'_>) {
-        if self.interruptibility(machine) & (interruptibility::STI | interruptibility::MOV_SS) != 0 {
-            let pending = vmcs.read(GuestNatural::PendingDebugExceptions);
-            vmcs.write(GuestNatural::PendingDebugExceptions, pending | pending_debug::BS);
+        let blocking = self.interruptibility(machine);
+        let pending = vmcs.read(GuestNatural::PendingDebugExceptions);
+        let wanted = pending_debug_for(pending, blocking, rflags::TF, false);
+        if wanted != pending {
+            vmcs.write(GuestNatural::PendingDebugExceptions, wanted);
         }
     }
 }

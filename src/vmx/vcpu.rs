@@ -8,7 +8,6 @@ use kernel::{prelude::*, sync::Arc};
 
 use super::{
     cpu::Vmx,
-    exit,
     insn::{self, CurrentVmcs, NotEntered, VirtualApic},
     state::{group, GuestState, Machine, FS, GS, TR},
 };
@@ -17,12 +16,10 @@ use crate::{
         cr::{cr0, dr, efer, rflags},
         segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName},
         vmcs::{
-            caps::{ept_vpid, InveptType, InvvpidType},
             control::{eptp, interruptibility, primary, NO_LINK},
-            event::{InterruptionInfo, Kind},
-            exit::{reason, EptViolation, ExitReason},
+            exit::reason,
             Control16, Control32, Control64, ControlNatural, Guest64, GuestNatural, Host16, Host32, Host64,
-            HostNatural, ReadOnly32, ReadOnlyNatural,
+            HostNatural,
         },
         Hpa,
     },
@@ -37,6 +34,10 @@ use crate::{
         Exit, Gpr, Regs, SystemRegs,
     },
     mmu::Ept,
+    policy::vmx::{
+        event::{injection, Injection},
+        exit::{self, debug_status, VmExit},
+    },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
@@ -90,7 +91,7 @@ pub(crate) struct VmxVcpu {
     /// Fields of this room's own to be written: bits of [`own`].
     dirty: u8,
 
-    injection: Option<(InterruptionInfo, u32)>,
+    injection: Option<Injection>,
     unfinished: Option<Event>,
     next_rip: Option<u64>,
     /// Groups to read when the VMCS is unloaded: the last exit may need them in process context.
@@ -125,7 +126,8 @@ impl Vendor for Vmx {
             rip: 0,
             rsp: 0,
             rflags: 0,
-            primary: self.controls.primary,
+            primary: self.config.controls.primary
+                | if self.config.features.tpr_shadow { primary::TPR_SHADOW } else { 0 },
             written_primary: 0,
             dirty: own::CONSTANT | own::CONTROL,
             injection: None,
@@ -171,15 +173,11 @@ impl VmxVcpu {
     }
 
     fn ept_pointer(&self) -> u64 {
-        let dirty = match self.machine.host.controls.ept_vpid & ept_vpid::ACCESSED_DIRTY {
-            0 => 0,
-            _ => eptp::ACCESSED_DIRTY,
-        };
-        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | dirty
+        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | eptp::ACCESSED_DIRTY
     }
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
-        let controls = &self.machine.host.controls;
+        let controls = &self.machine.host.config.controls;
         vmcs.write(Control32::Pin, controls.pin);
         vmcs.write(Control32::Secondary, controls.secondary);
         vmcs.write(Control32::Exit, controls.exit);
@@ -225,49 +223,46 @@ impl VmxVcpu {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
             vmcs.write(Control64::TscOffset, self.tsc_offset);
         }
-        let has = |bit| self.machine.host.controls.ept_vpid & bit != 0;
+        let features = &self.machine.host.config.features;
         if wanted & flush::NESTED != 0 {
-            let kind = if has(ept_vpid::INVEPT_SINGLE) { InveptType::Single } else { InveptType::All };
-            vmcs.invept(kind, self.ept_pointer());
-        } else if let (true, Some(vpid)) = (wanted & flush::LINEAR != 0, self.vpid) {
-            let kind = if has(ept_vpid::INVVPID_SINGLE) { InvvpidType::Single } else { InvvpidType::All };
+            vmcs.invept(features.invept, self.ept_pointer());
+        } else if let (true, Some(kind), Some(vpid)) = (wanted & flush::LINEAR != 0, features.vpid, self.vpid) {
             vmcs.invvpid(kind, vpid);
         }
     }
 
-    /// An exception or NMI ended the guest's run. What is the host's goes there at once.
-    fn decode_vectored(&mut self, irqs: &IrqsOff) -> Exit {
-        let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::HostInterrupt };
-        let info = InterruptionInfo(vmcs.read(ReadOnly32::InterruptionInfo));
-        if info.kind() == Kind::Nmi {
-            deliver_host_nmi(irqs);
-            return Exit::HostNmi;
-        }
-        let code = || vmcs.read(ReadOnly32::InterruptionErrorCode);
-        let qualification = || vmcs.read(ReadOnlyNatural::ExitQualification);
-        if info.nmi_unblocking() && info.vector() != vector::DF && self.unfinished.is_none() {
-            self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
-        }
-        Exit::Exception(match info.vector() {
-            vector::MC => {
+    /// What only VMX knows, in neutral words. What is the host's goes there at once.
+    #[inline]
+    fn neutral(&mut self, exit: VmExit, irqs: &IrqsOff) -> Exit {
+        match exit {
+            VmExit::Guest(exit) => exit,
+            VmExit::HostNmi => {
+                deliver_host_nmi(irqs);
+                Exit::HostNmi
+            }
+            VmExit::HostMachineCheck => {
                 cpu::deliver_machine_check(irqs);
-                return Exit::HostInterrupt;
+                Exit::HostInterrupt
             }
-            vector::DB => {
-                // The exit leaves DR6 alone.
-                self.state.dr6 =
-                    self.state.dr6 & !dr::DR6_TRAPS | qualification() & (dr::DR6_TRAPS | dr::DR6_BD | dr::DR6_BS);
-                Exception::plain(vector::DB)
+            VmExit::Debug(qualification) => {
+                self.state.dr6 = debug_status(self.state.dr6, qualification);
+                Exit::Exception(Exception::plain(vector::DB))
             }
-            vector::PF => Exception::page_fault(code(), qualification()),
-            number if info.has_error_code() => Exception::with_code(number, code()),
-            number => Exception::plain(number),
-        })
+            VmExit::EntryFailure { reason, .. } => {
+                if reason.basic() == reason::MACHINE_CHECK {
+                    cpu::deliver_machine_check(irqs);
+                }
+                self.entry_failed(irqs, reason.0.into())
+            }
+            VmExit::EptMisconfiguration(_) => Exit::Unknown { reason: reason::EPT_MISCONFIGURATION.into() },
+            // Of controls that are off.
+            _ => Exit::Unknown { reason: u64::MAX },
+        }
     }
 
     /// RIP behind an instruction of `length` bytes at `rip`.
     #[inline]
-    fn behind(&self, rip: u64, length: u32) -> u64 {
+    fn behind(&self, rip: u64, length: u8) -> u64 {
         let next = rip.wrapping_add(length.into());
         if (rip ^ next) >> 32 != 0
             && !(self.state.efer & efer::LMA != 0
@@ -284,7 +279,6 @@ impl VmxVcpu {
         if let Some(vmcs) = self.machine.vmcs.current(irqs) {
             vmcs.write(Control32::EntryInterruptionInfo, 0);
         }
-        self.wanted = group::VOLATILE;
         Exit::EntryFailure { reason }
     }
 }
@@ -515,7 +509,7 @@ impl VendorVcpu for VmxVcpu {
             }
             _ => {}
         }
-        self.injection = exit::injection(event, self.state.cr0 & cr0::PE != 0);
+        self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
     }
 
     #[inline]
@@ -633,7 +627,7 @@ impl VendorVcpu for VmxVcpu {
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
         if self.state.is_dirty() {
-            self.state.write_dirty(vmcs, &self.machine.host);
+            self.state.write_dirty(&self.machine, vmcs, regs.rflags);
         }
         let rsp = regs.gpr[Gpr::Rsp as usize];
         for (field, value, old) in [
@@ -653,10 +647,10 @@ impl VendorVcpu for VmxVcpu {
             self.written_primary = self.primary;
             vmcs.write(Control32::Primary, self.primary);
         }
-        if let Some((info, code)) = self.injection.take() {
+        if let Some(Injection { info, error_code }) = self.injection.take() {
             vmcs.write(Control32::EntryInterruptionInfo, info.0);
             if info.has_error_code() {
-                vmcs.write(Control32::EntryErrorCode, code);
+                vmcs.write(Control32::EntryErrorCode, error_code);
             }
         }
 
@@ -676,44 +670,20 @@ impl VendorVcpu for VmxVcpu {
         regs.gpr[Gpr::Rsp as usize] = self.rsp;
         regs.rflags = self.rflags;
 
-        let why = ExitReason(vmcs.read(ReadOnly32::ExitReason));
-        if why.entry_failure() {
-            if why.basic() == reason::MACHINE_CHECK {
-                cpu::deliver_machine_check(irqs);
-            }
-            return self.entry_failed(irqs, why.0.into());
+        let decoded = exit::decode(&vmcs);
+        self.unfinished = decoded.unfinished;
+        self.next_rip = decoded.instruction_bytes.map(|length| self.behind(self.rip, length));
+        if decoded.blocks_nmis && self.primary & primary::NMI_WINDOW_EXITING != 0 {
+            self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
         }
-        let number = why.basic();
-        self.next_rip = None;
-        if exit::is_instruction(number) {
-            let length = vmcs.read(ReadOnly32::InstructionLength);
-            self.next_rip = Some(self.behind(self.rip, length));
-            self.wanted = group::INTERRUPTIBILITY;
-            let exit = exit::decode(vmcs, number);
-            if !matches!(exit, Exit::Port(access) if !access.string) {
-                self.wanted = group::VOLATILE;
-            }
-            return exit;
-        }
-        self.wanted = match number {
-            reason::EXTERNAL_INTERRUPT | reason::INTERRUPT_WINDOW | reason::NMI_WINDOW => 0,
+        let exit = self.neutral(decoded.exit, irqs);
+        self.wanted = match exit {
+            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
+            Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
+            Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             _ => group::VOLATILE,
         };
-        if exit::may_cut_delivery_short(number) {
-            let info = InterruptionInfo(vmcs.read(ReadOnly32::IdtVectoringInfo));
-            if info.valid() {
-                self.unfinished = exit::unfinished_event(info, || vmcs.read(ReadOnly32::IdtVectoringErrorCode));
-            } else if number == reason::EPT_VIOLATION
-                && self.primary & primary::NMI_WINDOW_EXITING != 0
-                && EptViolation(vmcs.read(ReadOnlyNatural::ExitQualification)).nmi_unblocking()
-            {
-                self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
-            }
-        }
-        match number {
-            reason::EXCEPTION_OR_NMI => self.decode_vectored(irqs),
-            number => exit::decode(vmcs, number),
-        }
+        exit
     }
 }
 
