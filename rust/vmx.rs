@@ -40,10 +40,15 @@ impl TaskState {
         self.0.fs_base
     }
 
+    /// The guest's KERNEL_GS_BASE, which is in the CPU now.
+    pub(crate) fn guest_kernel_gs_base(&self) -> u64 {
+        cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0)
+    }
+
     /// Brings it back, with the limits of GDT and task segment that VM exits changed. On the CPU of [`save`](Self::save), before preemption
     /// is on again. Returns the guest's KERNEL_GS_BASE.
     pub(crate) fn restore(&self) -> u64 {
-        let guest = cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0);
+        let guest = self.guest_kernel_gs_base();
         // SAFETY: the values are what the current task had on this CPU, by this method's contract.
         unsafe { bindings::krab_vmx_restore_task(&self.0) };
         guest

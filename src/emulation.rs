@@ -5,6 +5,7 @@
 use kernel::prelude::*;
 
 use crate::{
+    abi::stats::VcpuStat,
     arch::{
         cr::dr,
         segment::{DescriptorTable, Segment, SegmentName},
@@ -13,7 +14,7 @@ use crate::{
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer},
-    guest::{event::vector, exit::NestedFault, Exception},
+    guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
     mmu::{guest_mem::GuestMem, walk},
@@ -32,14 +33,21 @@ pub(crate) struct Found {
     rip: u64,
     gpa: Gpa,
     write: bool,
+    /// It is clear which of the instruction's accesses it is.
+    unique: bool,
 }
 
 impl Found {
-    /// Of the instruction `code` at `rip`. Not when it may read two places, because then nobody knows which of them it is.
-    fn new(rip: u64, fault: &NestedFault, code: &[u8]) -> Option<Self> {
-        // CMPS; also inside of an operand, which costs nothing but time.
-        let two_reads = code.iter().any(|byte| byte & 0xFE == 0xA6);
-        (!two_reads).then_some(Self { rip, gpa: fault.gpa, write: fault.write })
+    /// Of an instruction at `rip` that begins with `code`, if that is known.
+    fn new(rip: u64, fault: &NestedFault, code: Option<&[u8; 16]>) -> Self {
+        // CMPS reads two places. Its opcode may also be in an operand, which costs nothing but time.
+        const EACH: u128 = u128::MAX / 0xFF;
+        let two_reads = |code: &[u8; 16]| {
+            let opcode_is_zero = u128::from_le_bytes(*code) & EACH.wrapping_mul(0xFE) ^ EACH.wrapping_mul(0xA6);
+            // Some byte is zero: it borrows, and had no top bit itself.
+            opcode_is_zero.wrapping_sub(EACH) & !opcode_is_zero & EACH.wrapping_mul(0x80) != 0
+        };
+        Self { rip, gpa: fault.gpa, write: fault.write, unique: code.is_some_and(|code| !two_reads(code)) }
     }
 }
 
@@ -51,8 +59,10 @@ struct Emulated<'a, V: Vendor> {
     vm: &'a Vm<V>,
     /// Guest memory, from the first use on.
     view: Option<View<'a>>,
-    /// What the CPU found in the access that made it exit: spares the first translation.
+    /// What the CPU found in the access that made it exit: spares looking the device up.
     found: Option<Found>,
+    /// The translation of that access is still to come.
+    untranslated: bool,
     /// The last translation failed in a way that the guest has no exception for.
     lost: bool,
 }
@@ -62,6 +72,12 @@ impl<V: Vendor> Emulated<'_, V> {
     fn view(&mut self) -> &View<'_> {
         let vm = self.vm;
         self.view.get_or_insert_with(|| vm.memory.view(true))
+    }
+
+    /// Whether the CPU has just found a device there.
+    #[inline]
+    fn is_device(&self, at: Gpa, write: bool) -> bool {
+        self.found.is_some_and(|found| found.gpa.gfn() == at.gfn() && found.write == write)
     }
 }
 
@@ -104,6 +120,20 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
 
     fn tss(&self) -> Segment {
         self.state.hw.tr()
+    }
+
+    fn set_tss(&mut self, value: &Segment) {
+        let regs = SystemRegs { tr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
+    }
+
+    fn ldt(&self) -> Segment {
+        self.state.hw.system_regs().ldtr
+    }
+
+    fn set_ldt(&mut self, value: &Segment) {
+        let regs = SystemRegs { ldtr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
     }
 
     fn table(&self, which: Table) -> DescriptorTable {
@@ -177,10 +207,10 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn translate(&mut self, at: Gva, access: Access) -> core::result::Result<Gpa, Exception> {
-        if let Some(Found { gpa, write, .. }) = self.found {
+        if let (true, Some(Found { gpa, write, .. })) = (self.untranslated, self.found) {
             let same = if write { Access::Write } else { Access::Read };
             if access == same && at.page_offset() == gpa.page_offset() {
-                self.found = None;
+                self.untranslated = false;
                 return Ok(gpa);
             }
         }
@@ -189,6 +219,7 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
             Access::Write => walk::Access::WRITE,
             Access::Execute => walk::Access::EXECUTE,
             Access::SystemRead => walk::Access::SYSTEM_READ,
+            Access::SystemWrite => walk::Access::SYSTEM_WRITE,
         };
         let context = self.state.walk_context(self.fpu.pkru());
         match walk::walk(self.view(), &context, at, access) {
@@ -203,10 +234,16 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn read_ram(&mut self, at: Gpa, to: &mut [u8]) -> core::result::Result<(), NotRam> {
+        if self.is_device(at, false) {
+            return Err(NotRam);
+        }
         self.view().read(at, to).map_err(|_| NotRam)
     }
 
     fn write_ram(&mut self, at: Gpa, from: &[u8]) -> core::result::Result<(), NotRam> {
+        if self.is_device(at, true) {
+            return Err(NotRam);
+        }
         self.view().write(at, from).map_err(|_| NotRam)
     }
 
@@ -241,20 +278,18 @@ impl<V: Vendor> Vcpu<V> {
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
-            return Ok(Some(self.emulation_failure(core)));
+            return Ok(self.emulation_failure(core));
         }
-        let mut code = [0; 15];
-        let mut len = 0;
-        let state = &core.state;
-        let assisted = fault.and(state.hw.instruction_bytes());
-        if let Some(bytes) = assisted.or(state.code.as_ref().map(|bytes| &bytes[..15])) {
+        let state = &mut core.state;
+        let (mut code, mut len) = ([0; 16], 0);
+        if let Some(bytes) = fault.and(state.hw.instruction_bytes()) {
             len = bytes.len().min(15);
             code[..len].copy_from_slice(&bytes[..len]);
+        } else if let Some(bytes) = state.code.take() {
+            (code, len) = (bytes, bytes.len());
         }
-        let code = code.get(..len).filter(|code| !code.is_empty());
-        core.found = fault.zip(code).and_then(|(fault, code)| Found::new(state.regs.rip, fault, code));
-        core.state.code = None;
-        self.emulate_on(core, code)
+        core.found = fault.map(|fault| Found::new(state.regs.rip, fault, (len != 0).then_some(&code)));
+        self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
     }
 
     /// Goes on with an instruction that waited for userspace, or begins one. `code`: its bytes, if they are known.
@@ -265,8 +300,11 @@ impl<V: Vendor> Vcpu<V> {
             let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
             let rip = state.regs.rip;
             let found = found.filter(|found| found.rip == rip);
-            let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, lost: false };
+            let untranslated = found.is_some_and(|found| found.unique);
+            let mut emulated =
+                Emulated { state, fpu, data: &self.data, vm, view: None, found, untranslated, lost: false };
             let step = emulator.step(&mut emulated, code);
+            self.peer.stats.count(VcpuStat::InsnEmulation);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
@@ -312,13 +350,13 @@ impl<V: Vendor> Vcpu<V> {
                         return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count }));
                     }
                 }
-                Step::Fault(_) if lost => return Ok(Some(self.emulation_failure(core))),
+                Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
                 Step::Fault(exception) => {
                     state.regs.rflags |= crate::arch::cr::rflags::RF;
                     state.events.raise(exception);
                     true
                 }
-                Step::Unsupported => return Ok(Some(self.emulation_failure(core))),
+                Step::Unsupported => return Ok(self.emulation_failure(core)),
             };
             if done {
                 return Ok(None);
@@ -326,10 +364,17 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    fn emulation_failure(&self, core: &mut Core<V>) -> ToUser {
+    /// An instruction that cannot be emulated. The guest's user code gets #UD, so that it cannot end the guest, unless userspace
+    /// wants to see every such instruction.
+    fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
+        self.peer.stats.count(VcpuStat::InsnEmulationFail);
         core.emulator.reset();
         let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());
-        ToUser::Emulation { bytes, len: len as u8 }
+        let always = self.vm.enabled.exit_on_emulation_failure();
+        if !always {
+            core.state.events.raise(Exception::UD);
+        }
+        (always || core.state.hw.cpl() == 0).then_some(ToUser::Emulation { bytes, len: len as u8 })
     }
 
     /// INS from a device in the kernel, which fills the data page. `false`: userspace has the port.

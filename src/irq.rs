@@ -366,6 +366,8 @@ impl IrqfdTarget for IrqfdLine {
 pub(crate) struct Irq {
     controllers: Arc<Controllers>,
     ioevents: SrcuCell<KVVec<Ioevent>>,
+    /// There were ioeventfds at some time.
+    any_ioevents: core::sync::atomic::AtomicBool,
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
     storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
@@ -379,6 +381,7 @@ impl Irq {
         try_pin_init!(Self {
             controllers: Controllers::new(peers)?,
             ioevents: SrcuCell::new(KVVec::new())?,
+            any_ioevents: false.into(),
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
             irqfds <- kernel::new_mutex!(KVec::new()),
@@ -516,6 +519,9 @@ impl Irq {
 
     /// A read from the I/O APIC. `None`: userspace has the address.
     pub(crate) fn mmio_read(&self, gpa: Gpa, len: u8) -> Option<u64> {
+        if !self.exists() {
+            return None;
+        }
         let chips = self.controllers.chips.lock();
         let ioapic = &chips.irqchip.as_ref()?.ioapic;
         let offset = gpa.0.wrapping_sub(ioapic.base().0);
@@ -526,6 +532,9 @@ impl Irq {
     pub(crate) fn mmio_write(&self, gpa: Gpa, len: u8, value: u64) -> bool {
         if self.ioevent(false, gpa.0, len.into(), value) {
             return true;
+        }
+        if !self.exists() {
+            return false;
         }
         let mut resample = None;
         {
@@ -555,6 +564,9 @@ impl Irq {
     /// Signals the ioeventfds for a write. Whether there was one.
     #[inline]
     fn ioevent(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
+        if !self.any_ioevents.load(Acquire) {
+            return false;
+        }
         let ioevents = self.ioevents.read();
         let hit = ioevents.iter().find(|event| {
             event.pio == pio
@@ -827,6 +839,7 @@ impl Irq {
                 all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;
             }
             all.push(new, GFP_KERNEL_ACCOUNT)?;
+            self.any_ioevents.store(true, Release);
         }
         drop(old);
         self.ioevents.replace(all)

@@ -28,10 +28,12 @@ mod dev;
 mod emulation;
 mod enable_cap;
 mod exits;
+mod hypercall;
 mod irq;
 mod memory;
 mod msrs;
 mod run;
+mod stats;
 mod svm;
 mod to_user;
 mod vcpu;
@@ -42,7 +44,7 @@ mod vmx;
 
 use arch::cpuid::Vendor as CpuVendor;
 use dev::{Host, System};
-use glue::fd::CharDevice;
+use glue::{debugfs, fd::CharDevice};
 use svm::Svm;
 use vendor::Vendor;
 use vmx::Vmx;
@@ -56,7 +58,7 @@ module! {
 }
 
 /// The device node, with the vendor's room behind it that fits this CPU.
-enum Krab {
+enum Node {
     Amd(#[allow(dead_code)] Pin<KBox<CharDevice<System<Svm>>>>),
     Intel(#[allow(dead_code)] Pin<KBox<CharDevice<System<Vmx>>>>),
 }
@@ -65,12 +67,19 @@ fn register<V: Vendor>(hardware: Arc<V>) -> Result<Pin<KBox<CharDevice<System<V>
     KBox::pin_init(CharDevice::register(System(Host::new(hardware)?)), GFP_KERNEL)
 }
 
+struct Krab {
+    _node: Node,
+    _debugfs: debugfs::Root<vcpu::Peers>,
+}
+
 impl kernel::Module for Krab {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
-            CpuVendor::Amd => Ok(Self::Amd(register(Svm::probe()?)?)),
+        let debugfs = debugfs::Root::new(c"krab");
+        let node = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
+            CpuVendor::Amd => Node::Amd(register(Svm::probe()?)?),
             // Intel, and who builds after it: Centaur, Zhaoxin.
-            CpuVendor::Intel | CpuVendor::Other => Ok(Self::Intel(register(Vmx::probe()?)?)),
-        }
+            CpuVendor::Intel | CpuVendor::Other => Node::Intel(register(Vmx::probe()?)?),
+        };
+        Ok(Self { _node: node, _debugfs: debugfs })
     }
 }

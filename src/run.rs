@@ -9,7 +9,14 @@
 use kernel::prelude::*;
 
 use crate::{
-    abi::run::{self, KVM_EXIT_INTR},
+    abi::{
+        run::{
+            self, ExitMsr, KVM_EXIT_INTR, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+            KVM_SYNC_X86_VALID_FIELDS,
+        },
+        stats::VcpuStat,
+        vcpu::KvmRegs,
+    },
     arch::cr::{cr4, rflags},
     emul::Mode,
     exits::{Handled, ToUser},
@@ -18,9 +25,9 @@ use crate::{
         cpu::{self, IrqsOff},
         kick::InGuest,
         lock::lock_killable,
-        signal, task,
+        signal, task, timer,
     },
-    guest::{exit::NestedFault, queue::Readiness, Event, Exit},
+    guest::{exit::NestedFault, queue::Readiness, Event, Exception, Exit},
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
@@ -84,16 +91,61 @@ impl<V: Vendor> Vcpu<V> {
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
+        core.state.update_steal_time(&self.vm);
         let _mask = core.signal_mask.map(signal::Masked::new);
+        self.take_registers(core)?;
         self.take_user_state(core)?;
         let result = self.run_until_user(core);
         match &result {
             Ok(reason) => reason.report(&self.run),
-            Err(error) if *error == EINTR => self.run.store(run::EXIT_REASON, KVM_EXIT_INTR),
+            // With `immediate_exit` userspace still reads what the last call told.
+            Err(error) if *error == EINTR && self.run.load::<u8>(run::IMMEDIATE_EXIT) == 0 => {
+                self.peer.stats.count(VcpuStat::SignalExits);
+                self.run.store(run::EXIT_REASON, KVM_EXIT_INTR);
+            }
             Err(_) => {}
         }
         self.give_user_state(core);
+        self.give_registers(core);
         result.map(|_| 0)
+    }
+
+    /// KVM_CAP_SYNC_REGS: the registers that userspace changed in `kvm_run`. Other threads may write there at the same time, so each
+    /// structure is copied once.
+    fn take_registers(&self, core: &mut Core<V>) -> Result {
+        let page = &self.run;
+        let dirty: u64 = page.load(run::KVM_DIRTY_REGS);
+        if (dirty | page.load::<u64>(run::KVM_VALID_REGS)) & !KVM_SYNC_X86_VALID_FIELDS != 0 {
+            return Err(EINVAL);
+        }
+        if dirty & KVM_SYNC_X86_REGS != 0 {
+            core.set_regs(&page.read(run::SYNC_REGS));
+        }
+        if dirty & KVM_SYNC_X86_SREGS != 0 {
+            core.set_sregs(self, &page.read(run::SYNC_SREGS))?;
+        }
+        if dirty & KVM_SYNC_X86_EVENTS != 0 {
+            core.set_vcpu_events(&self.vm.enabled, &page.read(run::SYNC_EVENTS))?;
+        }
+        if dirty != 0 {
+            page.store(run::KVM_DIRTY_REGS, 0u64);
+        }
+        Ok(())
+    }
+
+    /// KVM_CAP_SYNC_REGS: the registers that userspace wants to see in `kvm_run`.
+    fn give_registers(&self, core: &Core<V>) {
+        let page = &self.run;
+        let valid: u64 = page.load(run::KVM_VALID_REGS);
+        if valid & KVM_SYNC_X86_REGS != 0 {
+            page.write(run::SYNC_REGS, &KvmRegs::from(&core.state.regs));
+        }
+        if valid & KVM_SYNC_X86_SREGS != 0 {
+            page.write(run::SYNC_SREGS, &core.state.sregs());
+        }
+        if valid & KVM_SYNC_X86_EVENTS != 0 {
+            page.write(run::SYNC_EVENTS, &core.state.vcpu_events(&self.vm.enabled));
+        }
     }
 
     /// What userspace sets in `kvm_run` for this call.
@@ -136,6 +188,18 @@ impl<V: Vendor> Vcpu<V> {
                 core.emulator.complete_read(data.get(..usize::from(len)).ok_or(EINVAL)?);
             }
             Pending::Emulation => {}
+            Pending::Msr { read, rip, next_rip } => {
+                let answer: ExitMsr = self.run.read(run::EXIT_UNION);
+                if answer.error != 0 {
+                    core.state.events.raise(Exception::GP0);
+                } else if core.state.regs.rip == rip {
+                    if read {
+                        core.state.set_msr_result(answer.data);
+                    }
+                    core.state.completed(next_rip);
+                }
+                return Ok(None);
+            }
         }
         self.emulate_on(core, None)
     }
@@ -193,10 +257,15 @@ impl<V: Vendor> Vcpu<V> {
         core.state.drain_inbox(&self.vm, &self.peer);
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
+            self.peer.stats.count(VcpuStat::TlbFlush);
             core.state.forget_translations();
         }
         if requests & request::CLOCK != 0 {
             core.state.update_clock(&self.vm);
+        }
+        core.state.unhalted |= requests & request::UNHALT != 0;
+        if requests & request::MSR_FILTER != 0 {
+            core.state.update_msr_filter(&self.vm);
         }
     }
 
@@ -205,16 +274,24 @@ impl<V: Vendor> Vcpu<V> {
         let state = &mut core.state;
         if state.wakes_up() {
             state.mp_state = MpState::Runnable;
+            state.unhalted = false;
             return Ok(());
         }
         let peer = &self.peer;
-        peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0)
+        let began = timer::now_ns();
+        peer.stats.set(VcpuStat::Blocking, 1);
+        let woken = peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0);
+        peer.stats.set(VcpuStat::Blocking, 0);
+        peer.stats.count(VcpuStat::HaltWakeup);
+        peer.stats.add(VcpuStat::HaltWaitNs, timer::now_ns().saturating_sub(began));
+        woken
     }
 
     /// The inner ring.
     fn run_guest(&self, core: &mut Core<V>) -> Slow {
         let Core { state, fpu, .. } = core;
         let window = fpu.enter();
+        self.peer.stats.count(VcpuStat::FpuReload);
         let asked = state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
         let mut session = Session { state, begun: false };
         loop {
@@ -256,6 +333,7 @@ impl<V: Vendor> Vcpu<V> {
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
                 state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
+                self.peer.stats.exit(&exit);
                 state.after_exit();
                 match exit {
                     Exit::HostInterrupt | Exit::HostNmi => break,
@@ -300,6 +378,8 @@ impl<V: Vendor> State<V> {
             | Exit::Invd
             | Exit::Wbinvd
             | Exit::Pause
+            | Exit::Monitor
+            | Exit::Mwait
             | Exit::ControlRegister(_) => self.hw.next_rip().is_none(),
             _ => false,
         };
@@ -350,10 +430,11 @@ impl<V: Vendor> State<V> {
 
     /// Whether a halted CPU goes on.
     fn wakes_up(&self) -> bool {
-        let ready = self.mp_state == MpState::Halted;
-        ready
+        let halted = self.mp_state == MpState::Halted;
+        halted
             && (self.events.nmis > 0 && !self.events.nmi_masked
                 || self.events.exception.is_some()
+                || self.unhalted
                 || self.interrupt_waits() && self.regs.rflags & rflags::IF != 0)
     }
 

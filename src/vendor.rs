@@ -7,30 +7,14 @@ use kernel::{prelude::*, sync::Arc};
 use crate::{
     arch::{
         segment::{DescriptorTable, Segment},
-        Hpa,
+        Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
     mmu::Format,
 };
 
-/// Guest registers behind MSRs that hardware switches.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HardwareMsr {
-    Efer,
-    Star,
-    Lstar,
-    Cstar,
-    Sfmask,
-    FsBase,
-    GsBase,
-    KernelGsBase,
-    SysenterCs,
-    SysenterEsp,
-    SysenterEip,
-    Pat,
-    SpecCtrl,
-}
+pub(crate) use crate::policy::msr::HardwareMsr;
 
 /// A vendor's virtualization extension.
 pub(crate) trait Vendor: Hardware + Sized {
@@ -38,11 +22,20 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// How its nested tables look.
     type NestedFormat: Format + Send + Sync + 'static;
 
+    /// Its hypercall instruction: VMCALL, or VMMCALL.
+    const HYPERCALL: [u8; 3];
+
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
 
     /// Levels of the nested table.
     fn nested_levels(&self) -> u8;
+
+    /// The largest page that a nested table maps.
+    fn nested_largest(&self) -> Level;
+
+    /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
+    fn no_large_execute(&self) -> bool;
 }
 
 /// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
@@ -104,6 +97,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_nmi_masked(&mut self, masked: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
+    fn want_all_msrs(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

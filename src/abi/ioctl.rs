@@ -118,12 +118,12 @@ ioctls! {
 
     KVM_CREATE_VCPU = io(0x41), 0xAE41, V, Supported;
     KVM_GET_DIRTY_LOG = iow::<KvmDirtyLog>(0x42), 0x4010_AE42, V, Supported;
-    KVM_SET_NR_MMU_PAGES = io(0x44), 0xAE44, V, Refused, "no limit on page table pages";
+    KVM_SET_NR_MMU_PAGES = io(0x44), 0xAE44, V, Supported, "accepted and not used";
     KVM_GET_NR_MMU_PAGES = io(0x45), 0xAE45, V, Refused, "deprecated in KVM";
     KVM_SET_USER_MEMORY_REGION = iow::<KvmUserspaceMemoryRegion>(0x46), 0x4020_AE46, V, Supported;
     KVM_SET_TSS_ADDR = io(0x47), 0xAE47, V, Supported, "accepted and not used";
     KVM_SET_IDENTITY_MAP_ADDR = iow::<u64>(0x48), 0x4008_AE48, V, Supported, "accepted and not used";
-    KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Refused, "no guest_memfd";
+    KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Supported, "no guest_memfd";
     KVM_CREATE_IRQCHIP = io(0x60), 0xAE60, V, Supported;
     KVM_IRQ_LINE = iow::<KvmIrqLevel>(0x61), 0x4008_AE61, V, Supported;
     KVM_GET_IRQCHIP = iowr::<KvmIrqchip>(0x62), 0xC208_AE62, V, Supported;
@@ -198,7 +198,7 @@ ioctls! {
     KVM_SET_NESTED_STATE = number(WRITE, 0xBF, 128), 0x4080_AEBF, C, Refused, "no nested virtualization";
     KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Supported;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
-    KVM_X86_SET_MSR_FILTER = number(WRITE, 0xC6, 392), 0x4188_AEC6, V, Refused;
+    KVM_X86_SET_MSR_FILTER = iow::<KvmMsrFilter>(0xC6), 0x4188_AEC6, V, Supported;
     KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;
     KVM_XEN_HVM_GET_ATTR = number(READ | WRITE, 0xC8, 72), 0xC048_AEC8, V, Refused;
     KVM_XEN_HVM_SET_ATTR = number(WRITE, 0xC9, 72), 0x4048_AEC9, V, Refused;
@@ -206,7 +206,7 @@ ioctls! {
     KVM_XEN_VCPU_SET_ATTR = number(WRITE, 0xCB, 72), 0x4048_AECB, C, Refused;
     KVM_GET_SREGS2 = ior::<KvmSregs2>(0xCC), 0x8140_AECC, C, Refused;
     KVM_SET_SREGS2 = iow::<KvmSregs2>(0xCD), 0x4140_AECD, C, Refused;
-    KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Refused;
+    KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Supported;
     KVM_GET_XSAVE2 = ior::<KvmXsave>(0xCF), 0x9000_AECF, C, Supported;
     KVM_XEN_HVM_EVTCHN_SEND = number(WRITE, 0xD0, 12), 0x400C_AED0, V, Refused;
     KVM_SET_MEMORY_ATTRIBUTES = iow::<KvmMemoryAttributes>(0xD2), 0x4020_AED2, V, Refused;

@@ -40,7 +40,7 @@ struct PerCpuState {
 /// Intel VMX on this host.
 pub(crate) struct Vmx {
     per_cpu: PerCpu<PerCpuState>,
-    features: HostFeatures,
+    pub(super) features: HostFeatures,
     /// Control words and what else of VMX is used.
     pub(super) config: Config,
     /// Bits of a linear address.

@@ -21,7 +21,7 @@ use crate::{
             Control16, Control32, Control64, ControlNatural, Guest64, GuestNatural, Host16, Host32, Host64,
             HostNatural,
         },
-        Hpa,
+        Hpa, Level,
     },
     glue::{
         cpu::{self, IrqsOff},
@@ -113,6 +113,8 @@ impl Vendor for Vmx {
     type Vcpu = VmxVcpu;
     type NestedFormat = Ept;
 
+    const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xC1];
+
     fn new_vcpu(self: &Arc<Self>) -> Result<VmxVcpu> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut vcpu = VmxVcpu {
@@ -148,6 +150,18 @@ impl Vendor for Vmx {
 
     fn nested_levels(&self) -> u8 {
         4
+    }
+
+    fn nested_largest(&self) -> Level {
+        match (self.config.features.page_2m, self.config.features.page_1g) {
+            (false, _) => Level::Page4K,
+            (true, false) => Level::Page2M,
+            (true, true) => Level::Page1G,
+        }
+    }
+
+    fn no_large_execute(&self) -> bool {
+        self.features.itlb_multihit
     }
 }
 
@@ -435,7 +449,9 @@ impl VendorVcpu for VmxVcpu {
             HardwareMsr::Sfmask => sfmask,
             HardwareMsr::FsBase => self.state.segment(&self.machine, FS).base,
             HardwareMsr::GsBase => self.state.segment(&self.machine, GS).base,
-            HardwareMsr::KernelGsBase => self.state.kernel_gs_base,
+            HardwareMsr::KernelGsBase => {
+                self.task.as_ref().map_or(self.state.kernel_gs_base, |task| task.guest_kernel_gs_base())
+            }
             HardwareMsr::SysenterCs => cs,
             HardwareMsr::SysenterEsp => esp,
             HardwareMsr::SysenterEip => eip,
@@ -547,6 +563,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_cr8_writes(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::CR8_LOAD_EXITING, wanted);
+    }
+
+    fn want_all_msrs(&mut self, wanted: bool) {
+        set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
     }
 
     #[inline]
