@@ -17,7 +17,10 @@ use crate::{
         stats::VcpuStat,
         vcpu::KvmRegs,
     },
-    arch::cr::{cr4, rflags},
+    arch::{
+        cr::{cr4, rflags},
+        Gpa,
+    },
     emul::Mode,
     exits::{Handled, ToUser},
     glue::{
@@ -28,6 +31,7 @@ use crate::{
         signal, task, timer,
     },
     guest::{exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
@@ -260,6 +264,9 @@ impl<V: Vendor> Vcpu<V> {
             self.peer.stats.count(VcpuStat::TlbFlush);
             core.state.forget_translations();
         }
+        if core.state.hw.wants_pdptes() {
+            core.state.load_pdptes(&self.vm);
+        }
         if requests & request::CLOCK != 0 {
             core.state.update_clock(&self.vm);
         }
@@ -322,6 +329,9 @@ impl<V: Vendor> Vcpu<V> {
                 if !self.peer.inbox.is_empty() {
                     break;
                 }
+                if state.hw.wants_pdptes() {
+                    return Slow::Work;
+                }
                 let user_window = asked && state.accepts_user_interrupt();
                 if user_window && state.takes_user_interrupt() {
                     return Slow::InterruptWindow;
@@ -362,6 +372,20 @@ impl<V: Vendor> State<V> {
     fn forget_translations(&mut self) {
         self.hw.flush_tlb();
         self.code_cache.forget();
+    }
+
+    /// Reads the page-directory-pointer entries of PAE paging. Where there is no memory they are not present.
+    #[cold]
+    fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+        let table = Gpa(self.hw.cr3() & 0xFFFF_FFE0);
+        let mut entries = [0; 4];
+        for (entry, at) in entries.iter_mut().zip(0..) {
+            let mut bytes = [0; 8];
+            if vm.memory.view(true).read(Gpa(table.0 | at << 3), &mut bytes).is_ok() {
+                *entry = u64::from_le_bytes(bytes);
+            }
+        }
+        self.hw.set_pdptes(entries);
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.

@@ -103,6 +103,11 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);
 
+    /// Whether the page-directory-pointer entries at CR3 must be brought before the next `run`: the guest got PAE paging by other means than
+    /// an instruction of its own, and the CPU keeps the four entries in registers.
+    fn wants_pdptes(&self) -> bool;
+    fn set_pdptes(&mut self, entries: [u64; 4]);
+
     /// RIP behind the instruction that exited, where the CPU tells it.
     fn next_rip(&self) -> Option<u64>;
     /// Bytes of the instruction that faulted, where the CPU keeps them.

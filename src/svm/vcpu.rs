@@ -519,6 +519,14 @@ impl VendorVcpu for SvmVcpu {
     }
 
     #[inline]
+    fn wants_pdptes(&self) -> bool {
+        // Hardware reads them when it needs them.
+        false
+    }
+
+    fn set_pdptes(&mut self, _entries: [u64; 4]) {}
+
+    #[inline]
     fn next_rip(&self) -> Option<u64> {
         let control = &self.vmcb.control;
         if control.exit_code == exit_code::IOIO {

@@ -64,6 +64,9 @@ pub(super) mod group {
     pub(in super::super) const MSRS: u32 = 1 << 20;
     /// Pending debug exceptions and what else a reset sets.
     pub(in super::super) const RESET: u32 = 1 << 21;
+    pub(in super::super) const PDPTES: u32 = 1 << 22;
+    /// What decides on the paging mode.
+    pub(in super::super) const PAGING: u32 = CR0 | CR3 | CR4 | EFER;
 }
 
 /// A vCPU's VMCS and the host that runs it.
@@ -110,6 +113,10 @@ pub(super) struct GuestState {
     pub(super) kernel_gs_base: u64,
     pub(super) spec_ctrl: u64,
 
+    pdptes: [u64; 4],
+    /// The entries at CR3 were not read since the paging mode or CR3 was set.
+    pdptes_stale: bool,
+
     /// Copies: meaningful where `valid` says so.
     segments: [Cell<Segment>; 8],
     gdtr: Cell<DescriptorTable>,
@@ -136,6 +143,8 @@ impl GuestState {
             syscall: SyscallMsrs::default(),
             kernel_gs_base: 0,
             spec_ctrl: 0,
+            pdptes: [0; 4],
+            pdptes_stale: false,
             segments: Default::default(),
             gdtr: Cell::default(),
             idtr: Cell::default(),
@@ -245,6 +254,7 @@ impl GuestState {
     pub(super) fn changed(&mut self, groups: u32) {
         self.valid.set(self.valid.get() | groups & group::VOLATILE);
         self.dirty |= groups;
+        self.pdptes_stale |= groups & group::PAGING != 0;
     }
 
     #[inline]
@@ -297,6 +307,23 @@ impl GuestState {
         } else {
             AccessRights(machine.vmcs.peek(Guest32::SsAccessRights)).dpl()
         }
+    }
+
+    #[inline]
+    pub(super) fn wants_pdptes(&self) -> bool {
+        self.pdptes_stale
+            && self.cr0 & cr0::PG != 0
+            && self.cr4 & cr4::PAE != 0
+            && self.efer & efer::LMA == 0
+    }
+
+    /// Entries with reserved bits, which MOV to a control register would refuse, are taken as not present.
+    pub(super) fn set_pdptes(&mut self, entries: [u64; 4]) {
+        /// Bits 2 to 1, 8 to 5 and the address above the architecture's 52 bits.
+        const RESERVED: u64 = 0xFFF0_0000_0000_01E6;
+        self.pdptes = entries.map(|entry| if entry & RESERVED == 0 { entry } else { 0 });
+        self.pdptes_stale = false;
+        self.changed(group::PDPTES);
     }
 
     /// Everything but CR8.
@@ -396,6 +423,12 @@ impl GuestState {
             vmcs.write(GuestNatural::SysenterEsp, esp);
             vmcs.write(GuestNatural::SysenterEip, eip);
             vmcs.write(Guest64::Pat, self.pat);
+        }
+        if dirty & group::PDPTES != 0 {
+            let fields = [Guest64::Pdpte0, Guest64::Pdpte1, Guest64::Pdpte2, Guest64::Pdpte3];
+            for (field, entry) in fields.into_iter().zip(self.pdptes) {
+                vmcs.write(field, entry);
+            }
         }
         if dirty & group::RESET != 0 {
             vmcs.write(GuestNatural::PendingDebugExceptions, 0);

@@ -580,6 +580,15 @@ impl VendorVcpu for VmxVcpu {
     }
 
     #[inline]
+    fn wants_pdptes(&self) -> bool {
+        self.state.wants_pdptes()
+    }
+
+    fn set_pdptes(&mut self, entries: [u64; 4]) {
+        self.state.set_pdptes(entries);
+    }
+
+    #[inline]
     fn next_rip(&self) -> Option<u64> {
         self.next_rip
     }
