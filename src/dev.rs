@@ -31,8 +31,8 @@ use crate::{
 
 /// Most virtual CPUs in a machine, and one more than the highest id.
 pub(crate) const MAX_VCPUS: u32 = 1024;
-/// Bytes that a vCPU's file descriptor can be mapped for: `struct kvm_run` and the data page of port exits.
-pub(crate) const VCPU_MMAP_BYTES: isize = 2 * 4096;
+/// Bytes that a vCPU's file descriptor can be mapped for: `struct kvm_run`, the data page of port exits, the ring of coalesced writes.
+pub(crate) const VCPU_MMAP_BYTES: isize = 3 * 4096;
 
 /// What does not change while the module is loaded.
 pub(crate) struct Host<V: Vendor> {

@@ -344,11 +344,11 @@ impl<V: Vendor> Vcpu<V> {
                     }
                 }
                 Step::PortOut { port, size, count } => {
-                    if self.ports_out(port, size, count) {
-                        true
-                    } else {
-                        return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count }));
+                    let rest = self.ports_out(port, size, count);
+                    if rest > 0 {
+                        return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count: rest }));
                     }
+                    true
                 }
                 Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
                 Step::Fault(exception) => {
@@ -386,17 +386,27 @@ impl<V: Vendor> Vcpu<V> {
         true
     }
 
-    fn ports_out(&self, port: u16, size: u8, count: u16) -> bool {
-        for at in (0..usize::from(count)).map(|n| n * usize::from(size)) {
+    /// OUTS to devices in the kernel. How many elements are left for userspace, at the start of the data page.
+    fn ports_out(&self, port: u16, size: u8, count: u16) -> u16 {
+        let len = usize::from(size);
+        for done in 0..count {
             let mut value = [0; 4];
-            if let Some(into) = value.get_mut(..usize::from(size)) {
+            let at = usize::from(done) * len;
+            if let Some(into) = value.get_mut(..len) {
                 self.data.copy_out(at, into);
             }
             if !self.vm.irq.port_out(port, size, u32::from_le_bytes(value)) {
-                return false;
+                let rest = count - done;
+                for n in (0..usize::from(rest)).filter(|_| done > 0) {
+                    let mut element = [0; 4];
+                    let element = element.get_mut(..len).unwrap_or_default();
+                    self.data.copy_out(at + n * len, element);
+                    self.data.copy_in(n * len, element);
+                }
+                return rest;
             }
         }
-        true
+        0
     }
 }
 

@@ -24,12 +24,14 @@ mod mmu;
 mod policy;
 
 mod clock;
+mod coalesced;
 mod dev;
 mod emulation;
 mod enable_cap;
 mod exits;
 mod hypercall;
 mod irq;
+mod irq_eventfd;
 mod memory;
 mod msrs;
 mod run;

@@ -519,6 +519,7 @@ impl<V: Vendor> FileOperations for Vcpu<V> {
         match index {
             0 => Some(this.run.user_page()),
             1 => Some(this.data.user_page()),
+            2 => Some(this.vm.irq.coalesced.user_page()),
             _ => None,
         }
     }

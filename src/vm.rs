@@ -14,10 +14,11 @@ use kernel::{
 use crate::{
     abi::{
         ioctl::*,
-        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
+        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2, KvmReinjectControl},
         vm::{
-            KvmClearDirtyLog, KvmClockData, KvmDirtyLog, KvmEnableCap, KvmMsrFilter, KvmUserspaceMemoryRegion,
-            KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
+            KvmClearDirtyLog, KvmClockData, KvmCoalescedMmioZone, KvmDirtyLog, KvmEnableCap, KvmMsrFilter,
+            KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
+            KVM_CLOCK_TSC_STABLE,
         },
         FromZeros,
     },
@@ -240,6 +241,19 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 Ok(0)
             }
             KVM_SIGNAL_MSI => this.irq.signal_msi(&user::read::<KvmMsi>(at)?),
+            KVM_REINJECT_CONTROL => {
+                this.irq.set_pit_reinjection(user::read::<KvmReinjectControl>(at)?.pit_reinject != 0)?;
+                Ok(0)
+            }
+            KVM_REGISTER_COALESCED_MMIO | KVM_UNREGISTER_COALESCED_MMIO => {
+                let zone: KvmCoalescedMmioZone = user::read(at)?;
+                let _setup = this.setup.lock();
+                match cmd {
+                    KVM_REGISTER_COALESCED_MMIO => this.irq.coalesced.register(&zone)?,
+                    _ => this.irq.coalesced.unregister(&zone)?,
+                }
+                Ok(0)
+            }
             KVM_IRQFD => {
                 this.irq.irqfd(&user::read::<KvmIrqfd>(at)?)?;
                 Ok(0)

@@ -132,10 +132,10 @@ ioctls! {
     KVM_GET_PIT = iowr::<KvmPitState>(0x65), 0xC048_AE65, V, Refused, "use KVM_GET_PIT2";
     KVM_SET_PIT = ior::<KvmPitState>(0x66), 0x8048_AE66, V, Refused, "use KVM_SET_PIT2";
     KVM_IRQ_LINE_STATUS = iowr::<KvmIrqLevel>(0x67), 0xC008_AE67, V, Supported;
-    KVM_REGISTER_COALESCED_MMIO = iow::<KvmCoalescedMmioZone>(0x67), 0x4010_AE67, V, Refused;
-    KVM_UNREGISTER_COALESCED_MMIO = iow::<KvmCoalescedMmioZone>(0x68), 0x4010_AE68, V, Refused;
+    KVM_REGISTER_COALESCED_MMIO = iow::<KvmCoalescedMmioZone>(0x67), 0x4010_AE67, V, Supported;
+    KVM_UNREGISTER_COALESCED_MMIO = iow::<KvmCoalescedMmioZone>(0x68), 0x4010_AE68, V, Supported;
     KVM_SET_GSI_ROUTING = iow::<KvmIrqRouting>(0x6A), 0x4008_AE6A, V, Supported;
-    KVM_REINJECT_CONTROL = io(0x71), 0xAE71, V, Refused;
+    KVM_REINJECT_CONTROL = io(0x71), 0xAE71, V, Supported;
     KVM_IRQFD = iow::<KvmIrqfd>(0x76), 0x4020_AE76, V, Supported;
     KVM_CREATE_PIT2 = iow::<KvmPitConfig>(0x77), 0x4040_AE77, V, Supported;
     KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Supported;

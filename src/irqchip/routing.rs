@@ -195,6 +195,26 @@ pub fn lookup<'a>(routes: &'a [Route], starts: &[u16], gsi: u32) -> &'a [Route] 
     routes.get(from as usize..to as usize).unwrap_or(&[])
 }
 
+/// Controller pins, as bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pins {
+    pub ioapic: u32,
+    pub pic: u16,
+}
+
+/// The pins that `gsi` goes to: where its interrupt is acknowledged.
+pub fn pins(routes: &[Route], starts: &[u16], gsi: u32) -> Pins {
+    let mut pins = Pins::default();
+    for route in lookup(routes, starts, gsi) {
+        match route.target {
+            Target::Ioapic(pin) => pins.ioapic |= 1 << (pin & 31),
+            Target::Pic(pin) => pins.pic |= 1 << (pin & 15),
+            Target::Msi(_) => {}
+        }
+    }
+    pins
+}
+
 /// Vectors of the level-triggered messages among the first `pins` GSIs: those of an I/O APIC in userspace, which wants to
 /// know when such an interrupt ends (KVM_EXIT_IOAPIC_EOI).
 pub fn level_vectors(routes: &[Route], pins: u32, wide_ids: bool) -> Bits256 {
@@ -297,6 +317,9 @@ mod tests {
         for gsi in [24, 25, 4096, u32::MAX] {
             assert_eq!(lookup(&routes, &starts, gsi), &[]);
         }
+        assert_eq!(pins(&routes, &starts, 3), Pins { ioapic: 8, pic: 8 });
+        assert_eq!(pins(&routes, &starts, 23), Pins { ioapic: 1 << 23, pic: 0 });
+        assert_eq!(pins(&routes, &starts, 24), Pins::default());
         assert_eq!(gsi_of(&routes, Target::Pic(9)), Some(9));
         assert_eq!(gsi_of(&routes, Target::Pic(16)), None);
     }
