@@ -311,10 +311,7 @@ impl GuestState {
 
     #[inline]
     pub(super) fn wants_pdptes(&self) -> bool {
-        self.pdptes_stale
-            && self.cr0 & cr0::PG != 0
-            && self.cr4 & cr4::PAE != 0
-            && self.efer & efer::LMA == 0
+        self.pdptes_stale && self.cr0 & cr0::PG != 0 && self.cr4 & cr4::PAE != 0 && self.efer & efer::LMA == 0
     }
 
     /// Entries with reserved bits, which MOV to a control register would refuse, are taken as not present.
