@@ -25,3 +25,4 @@ pub(crate) mod task;
 pub(crate) mod timer;
 pub(crate) mod user;
 pub(crate) mod virt;
+pub(crate) mod vmx;

@@ -133,8 +133,6 @@ impl<V: Vendor> Drop for InUse<V> {
 pub(crate) struct System<V: Vendor>(pub(crate) Arc<Host<V>>);
 
 impl<V: Vendor> DeviceOperations for System<V> {
-    const NAME: &'static CStr = c"krab";
-
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
         let at = Hva(arg as u64);
         match cmd {

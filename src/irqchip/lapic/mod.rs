@@ -200,6 +200,11 @@ impl Lapic {
         self.is_bsp = is_bsp;
     }
 
+    /// The bus clock that the timer counts with, in ns a cycle: KVM_CAP_X86_APIC_BUS_CYCLES_NS. Before the timer is used.
+    pub fn set_bus_cycle(&mut self, ns: u64) {
+        self.timer.set_bus_cycle(ns);
+    }
+
     pub const fn id(&self) -> u32 {
         self.id
     }
