@@ -123,21 +123,18 @@ impl GuestFpu {
             return 0;
         }
         let at = cpu::cpuid(0xD, 9)[1] as usize;
-        self.area
-            .0
-            .get(at..at + 4)
-            .map_or(0, |bytes| bytes.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
+        word_at(&self.area.0, at).unwrap_or(0) as u32
     }
 
     /// XSTATE_BV of the image.
     fn components(&self) -> u64 {
-        self.area.0[512..520].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
+        word_at(&self.area.0, 512).unwrap_or(0)
     }
 
     /// Replaces the start of the XSAVE image. `EINVAL` when XRSTOR would refuse it; then nothing changes.
     pub(crate) fn set_image(&mut self, image: &[u8]) -> Result {
-        let word = |at: usize| image.get(at..at + 8).map(|b| b.iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b)));
-        let (Some(components), Some(compacted), Some(mxcsr)) = (word(512), word(520), word(24)) else {
+        let [components, compacted, mxcsr] = [512, 520, 24].map(|at| word_at(image, at));
+        let (Some(components), Some(compacted), Some(mxcsr)) = (components, compacted, mxcsr) else {
             return Err(EINVAL);
         };
         let reserved = image.get(528..576).is_none_or(|bytes| bytes.iter().any(|&b| b != 0));
@@ -249,6 +246,11 @@ pub(crate) fn host_components() -> Result<u64> {
     }
     // SAFETY: the CPU has XSAVE and the kernel enabled it.
     Ok(unsafe { bindings::krab_xgetbv() })
+}
+
+/// Eight bytes of an XSAVE image.
+pub(crate) fn word_at(image: &[u8], at: usize) -> Option<u64> {
+    image.get(at..)?.first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
 }
 
 /// TSC_AUX of this CPU, by RDTSCP: no MSR access.

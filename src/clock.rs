@@ -2,7 +2,7 @@
 //! Paravirtual time of a guest: kvmclock, wall clock, steal time, and the VM's clock behind them.
 #![forbid(unsafe_code)]
 
-use kernel::prelude::*;
+use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     abi::{
@@ -13,7 +13,7 @@ use crate::{
     glue::{lock::IrqSpinLock, task, timer},
     mmu::guest_mem::GuestMem,
     new_irq_spinlock,
-    vcpu::State,
+    vcpu::{request, Peer, State},
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -88,48 +88,59 @@ impl VmClock {
 }
 
 /// Where a vCPU's guest wants its time.
-#[derive(Default)]
 pub(crate) struct VcpuClock {
+    /// The vCPU: asked to write the clocks when something about them changed.
+    peer: Arc<Peer>,
     system_time: Option<Gpa>,
     system_time_version: u32,
     wall_clock: Option<Gpa>,
     steal_time: Option<Gpa>,
     /// Run-queue wait of the vCPU's thread that the guest has been told of.
     stolen_ns: u64,
-    wants_update: bool,
 }
 
 impl VcpuClock {
+    /// The guest has not asked for any.
+    pub(crate) fn new(peer: Arc<Peer>) -> Self {
+        Self { peer, system_time: None, system_time_version: 0, wall_clock: None, steal_time: None, stolen_ns: 0 }
+    }
+
+    /// Forgets what the guest asked for.
+    pub(crate) fn reset(&mut self) {
+        *self = Self::new(self.peer.clone());
+    }
+
     pub(crate) fn set_system_time(&mut self, at: Option<Gpa>) {
         self.system_time = at;
-        self.wants_update = true;
+        self.post();
     }
 
     pub(crate) fn request_wall_clock(&mut self, at: Gpa) {
         self.wall_clock = Some(at);
-        self.wants_update = true;
+        self.post();
     }
 
     pub(crate) fn set_steal_time(&mut self, at: Option<Gpa>) {
         self.steal_time = at;
         self.stolen_ns = task::run_delay_ns();
-        self.wants_update = true;
+        self.post();
     }
 
     /// The relation between the TSC and the clock changed.
-    pub(crate) fn request_update(&mut self) {
-        self.wants_update = self.system_time.is_some();
+    pub(crate) fn request_update(&self) {
+        if self.system_time.is_some() {
+            self.post();
+        }
     }
 
-    pub(crate) fn wants_update(&self) -> bool {
-        self.wants_update
+    fn post(&self) {
+        self.peer.kick.post_quietly(request::CLOCK);
     }
 }
 
 impl<V: Vendor> State<V> {
     /// Writes the guest's clocks. In process context.
     pub(crate) fn update_clock(&mut self, vm: &Vm<V>) {
-        self.clock.wants_update = false;
         let tsc = timer::tsc();
         let clock_ns = vm.clock.at(tsc);
         let view = vm.memory.view(true);
@@ -171,9 +182,6 @@ impl<V: Vendor> State<V> {
         let Some(at) = self.clock.steal_time else { return };
         let waited = task::run_delay_ns();
         let more = waited.wrapping_sub(self.clock.stolen_ns);
-        if more == 0 {
-            return;
-        }
         let view = vm.memory.view(true);
         let mut record = KvmStealTime::new_zeroed();
         if view.read(at, record.as_mut_bytes()).is_err() {

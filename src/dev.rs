@@ -31,8 +31,8 @@ use crate::{
 
 /// Most virtual CPUs in a machine, and one more than the highest id.
 pub(crate) const MAX_VCPUS: u32 = 1024;
-/// Bytes that a vCPU's file descriptor can be mapped for: `struct kvm_run` and the data page of port exits.
-pub(crate) const VCPU_MMAP_BYTES: isize = 2 * 4096;
+/// Bytes that a vCPU's file descriptor can be mapped for: `struct kvm_run`, the data page of port exits, the ring of coalesced writes.
+pub(crate) const VCPU_MMAP_BYTES: isize = 3 * 4096;
 
 /// What does not change while the module is loaded.
 pub(crate) struct Host<V: Vendor> {
@@ -133,15 +133,18 @@ impl<V: Vendor> Drop for InUse<V> {
 pub(crate) struct System<V: Vendor>(pub(crate) Arc<Host<V>>);
 
 impl<V: Vendor> DeviceOperations for System<V> {
-    const NAME: &'static CStr = c"krab";
-
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
         let at = Hva(arg as u64);
         match cmd {
             KVM_GET_API_VERSION if arg == 0 => Ok(KVM_API_VERSION as isize),
             KVM_GET_VCPU_MMAP_SIZE if arg == 0 => Ok(VCPU_MMAP_BYTES),
             KVM_GET_API_VERSION | KVM_GET_VCPU_MMAP_SIZE => Err(EINVAL),
-            KVM_CREATE_VM if arg == 0 => Ok(fd::anon_fd(Vm::new(self.0.clone())?)? as isize),
+            KVM_CREATE_VM if arg == 0 => {
+                let vm = Vm::new(self.0.clone())?;
+                let file = fd::anon_file(vm.clone())?;
+                vm.show(file.number());
+                Ok(file.install() as isize)
+            }
             KVM_CREATE_VM => Err(EINVAL),
             KVM_CHECK_EXTENSION => Ok(self.0.check_extension(arg)),
             KVM_GET_SUPPORTED_CPUID => {

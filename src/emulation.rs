@@ -5,6 +5,7 @@
 use kernel::prelude::*;
 
 use crate::{
+    abi::stats::VcpuStat,
     arch::{
         cr::dr,
         segment::{DescriptorTable, Segment, SegmentName},
@@ -13,7 +14,7 @@ use crate::{
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer},
-    guest::{event::vector, exit::NestedFault, Exception},
+    guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
     mmu::{guest_mem::GuestMem, walk},
@@ -32,14 +33,21 @@ pub(crate) struct Found {
     rip: u64,
     gpa: Gpa,
     write: bool,
+    /// It is clear which of the instruction's accesses it is.
+    unique: bool,
 }
 
 impl Found {
-    /// Of the instruction `code` at `rip`. Not when it may read two places, because then nobody knows which of them it is.
-    fn new(rip: u64, fault: &NestedFault, code: &[u8]) -> Option<Self> {
-        // CMPS; also inside of an operand, which costs nothing but time.
-        let two_reads = code.iter().any(|byte| byte & 0xFE == 0xA6);
-        (!two_reads).then_some(Self { rip, gpa: fault.gpa, write: fault.write })
+    /// Of an instruction at `rip` that begins with `code`, if that is known.
+    fn new(rip: u64, fault: &NestedFault, code: Option<&[u8; 16]>) -> Self {
+        // CMPS reads two places. Its opcode may also be in an operand, which costs nothing but time.
+        const EACH: u128 = u128::MAX / 0xFF;
+        let two_reads = |code: &[u8; 16]| {
+            let opcode_is_zero = u128::from_le_bytes(*code) & EACH.wrapping_mul(0xFE) ^ EACH.wrapping_mul(0xA6);
+            // Some byte is zero: it borrows, and had no top bit itself.
+            opcode_is_zero.wrapping_sub(EACH) & !opcode_is_zero & EACH.wrapping_mul(0x80) != 0
+        };
+        Self { rip, gpa: fault.gpa, write: fault.write, unique: code.is_some_and(|code| !two_reads(code)) }
     }
 }
 
@@ -51,8 +59,10 @@ struct Emulated<'a, V: Vendor> {
     vm: &'a Vm<V>,
     /// Guest memory, from the first use on.
     view: Option<View<'a>>,
-    /// What the CPU found in the access that made it exit: spares the first translation.
+    /// What the CPU found in the access that made it exit: spares looking the device up.
     found: Option<Found>,
+    /// The translation of that access is still to come.
+    untranslated: bool,
     /// The last translation failed in a way that the guest has no exception for.
     lost: bool,
 }
@@ -62,6 +72,12 @@ impl<V: Vendor> Emulated<'_, V> {
     fn view(&mut self) -> &View<'_> {
         let vm = self.vm;
         self.view.get_or_insert_with(|| vm.memory.view(true))
+    }
+
+    /// Whether the CPU has just found a device there.
+    #[inline]
+    fn is_device(&self, at: Gpa, write: bool) -> bool {
+        self.found.is_some_and(|found| found.gpa.gfn() == at.gfn() && found.write == write)
     }
 }
 
@@ -104,6 +120,20 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
 
     fn tss(&self) -> Segment {
         self.state.hw.tr()
+    }
+
+    fn set_tss(&mut self, value: &Segment) {
+        let regs = SystemRegs { tr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
+    }
+
+    fn ldt(&self) -> Segment {
+        self.state.hw.system_regs().ldtr
+    }
+
+    fn set_ldt(&mut self, value: &Segment) {
+        let regs = SystemRegs { ldtr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
     }
 
     fn table(&self, which: Table) -> DescriptorTable {
@@ -152,23 +182,14 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn dr(&self, register: u8) -> u64 {
-        match register {
-            6 => self.state.hw.dr6(),
-            7 => self.state.hw.dr7(),
-            n => self.fpu.breakpoints[usize::from(n & 3)],
-        }
+        self.state.debug_register(self.fpu, register)
     }
 
     fn set_dr(&mut self, register: u8, value: u64) -> core::result::Result<(), Exception> {
-        match register {
-            6 | 7 if value >> 32 != 0 => return Err(Exception::GP0),
-            6 => self.state.hw.set_dr6(value & dr::DR6_WRITABLE | dr::DR6_INIT),
-            7 => {
-                self.state.hw.set_dr7(value & dr::DR7_WRITABLE | dr::DR7_INIT);
-                self.fpu.breakpoints_enabled = value & dr::DR7_ENABLES != 0;
-            }
-            n => self.fpu.breakpoints[usize::from(n & 3)] = value,
+        if matches!(register, 6 | 7) && value >> 32 != 0 {
+            return Err(Exception::GP0);
         }
+        self.state.set_debug_register(self.fpu, register, value);
         Ok(())
     }
 
@@ -177,10 +198,10 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn translate(&mut self, at: Gva, access: Access) -> core::result::Result<Gpa, Exception> {
-        if let Some(Found { gpa, write, .. }) = self.found {
+        if let (true, Some(Found { gpa, write, .. })) = (self.untranslated, self.found) {
             let same = if write { Access::Write } else { Access::Read };
             if access == same && at.page_offset() == gpa.page_offset() {
-                self.found = None;
+                self.untranslated = false;
                 return Ok(gpa);
             }
         }
@@ -189,6 +210,7 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
             Access::Write => walk::Access::WRITE,
             Access::Execute => walk::Access::EXECUTE,
             Access::SystemRead => walk::Access::SYSTEM_READ,
+            Access::SystemWrite => walk::Access::SYSTEM_WRITE,
         };
         let context = self.state.walk_context(self.fpu.pkru());
         match walk::walk(self.view(), &context, at, access) {
@@ -203,10 +225,16 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn read_ram(&mut self, at: Gpa, to: &mut [u8]) -> core::result::Result<(), NotRam> {
+        if self.is_device(at, false) {
+            return Err(NotRam);
+        }
         self.view().read(at, to).map_err(|_| NotRam)
     }
 
     fn write_ram(&mut self, at: Gpa, from: &[u8]) -> core::result::Result<(), NotRam> {
+        if self.is_device(at, true) {
+            return Err(NotRam);
+        }
         self.view().write(at, from).map_err(|_| NotRam)
     }
 
@@ -239,22 +267,23 @@ impl<V: Vendor> Vcpu<V> {
     /// Emulates the instruction at RIP, which just made the guest exit. `fault`: what it tried, if that is why.
     /// `Some`: userspace is needed.
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
+        if let Some(fault) = fault.filter(|_| core.state.events.unfinished.is_some()) {
+            return Ok(Some(ToUser::Delivery { gpa: fault.gpa }));
+        }
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
-            return Ok(Some(self.emulation_failure(core)));
+            return Ok(self.emulation_failure(core));
         }
-        let mut code = [0; 15];
-        let mut len = 0;
-        let state = &core.state;
-        let assisted = fault.and(state.hw.instruction_bytes());
-        if let Some(bytes) = assisted.or(state.code.as_ref().map(|bytes| &bytes[..15])) {
+        let state = &mut core.state;
+        let (mut code, mut len) = ([0; 16], 0);
+        if let Some(bytes) = fault.and(state.hw.instruction_bytes()) {
             len = bytes.len().min(15);
             code[..len].copy_from_slice(&bytes[..len]);
+        } else if let Some(bytes) = state.code.take() {
+            (code, len) = (bytes, bytes.len());
         }
-        let code = code.get(..len).filter(|code| !code.is_empty());
-        core.found = fault.zip(code).and_then(|(fault, code)| Found::new(state.regs.rip, fault, code));
-        core.state.code = None;
-        self.emulate_on(core, code)
+        core.found = fault.map(|fault| Found::new(state.regs.rip, fault, (len != 0).then_some(&code)));
+        self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
     }
 
     /// Goes on with an instruction that waited for userspace, or begins one. `code`: its bytes, if they are known.
@@ -265,13 +294,18 @@ impl<V: Vendor> Vcpu<V> {
             let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
             let rip = state.regs.rip;
             let found = found.filter(|found| found.rip == rip);
-            let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, lost: false };
+            let untranslated = found.is_some_and(|found| found.unique);
+            let mut emulated =
+                Emulated { state, fpu, data: &self.data, vm, view: None, found, untranslated, lost: false };
             let step = emulator.step(&mut emulated, code);
+            self.peer.stats.count(VcpuStat::InsnEmulation);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
             let over = state.regs.rip != rip || matches!(step, Step::Done) && emulator.is_repeating();
-            if traps && over && !matches!(step, Step::Fault(_)) {
+            if over && state.debug.steps() && !matches!(step, Step::Fault(_)) {
+                state.debug.instruction_over();
+            } else if traps && over && !matches!(step, Step::Fault(_)) {
                 state.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
             }
             let done = match step {
@@ -306,19 +340,19 @@ impl<V: Vendor> Vcpu<V> {
                     }
                 }
                 Step::PortOut { port, size, count } => {
-                    if self.ports_out(port, size, count) {
-                        true
-                    } else {
-                        return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count }));
+                    let rest = self.ports_out(port, size, count);
+                    if rest > 0 {
+                        return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count: rest }));
                     }
+                    true
                 }
-                Step::Fault(_) if lost => return Ok(Some(self.emulation_failure(core))),
+                Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
                 Step::Fault(exception) => {
                     state.regs.rflags |= crate::arch::cr::rflags::RF;
                     state.events.raise(exception);
                     true
                 }
-                Step::Unsupported => return Ok(Some(self.emulation_failure(core))),
+                Step::Unsupported => return Ok(self.emulation_failure(core)),
             };
             if done {
                 return Ok(None);
@@ -326,10 +360,17 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    fn emulation_failure(&self, core: &mut Core<V>) -> ToUser {
+    /// An instruction that cannot be emulated. The guest's user code gets #UD, so that it cannot end the guest, unless userspace
+    /// wants to see every such instruction.
+    fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
+        self.peer.stats.count(VcpuStat::InsnEmulationFail);
         core.emulator.reset();
         let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());
-        ToUser::Emulation { bytes, len: len as u8 }
+        let always = self.vm.enabled.exit_on_emulation_failure();
+        if !always {
+            core.state.events.raise(Exception::UD);
+        }
+        (always || core.state.hw.cpl() == 0).then_some(ToUser::Emulation { bytes, len: len as u8 })
     }
 
     /// INS from a device in the kernel, which fills the data page. `false`: userspace has the port.
@@ -341,17 +382,27 @@ impl<V: Vendor> Vcpu<V> {
         true
     }
 
-    fn ports_out(&self, port: u16, size: u8, count: u16) -> bool {
-        for at in (0..usize::from(count)).map(|n| n * usize::from(size)) {
+    /// OUTS to devices in the kernel. How many elements are left for userspace, at the start of the data page.
+    fn ports_out(&self, port: u16, size: u8, count: u16) -> u16 {
+        let len = usize::from(size);
+        for done in 0..count {
             let mut value = [0; 4];
-            if let Some(into) = value.get_mut(..usize::from(size)) {
+            let at = usize::from(done) * len;
+            if let Some(into) = value.get_mut(..len) {
                 self.data.copy_out(at, into);
             }
             if !self.vm.irq.port_out(port, size, u32::from_le_bytes(value)) {
-                return false;
+                let rest = count - done;
+                for n in (0..usize::from(rest)).filter(|_| done > 0) {
+                    let mut element = [0; 4];
+                    let element = element.get_mut(..len).unwrap_or_default();
+                    self.data.copy_out(at + n * len, element);
+                    self.data.copy_in(n * len, element);
+                }
+                return rest;
             }
         }
-        true
+        0
     }
 }
 
@@ -375,7 +426,11 @@ impl<V: Vendor> State<V> {
     /// A read from a device in the kernel. `None`: userspace has it.
     fn device_read(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8) -> Option<u64> {
         match (self.lapic_offset(gpa), &mut self.lapic) {
-            (Some(offset), Some(lapic)) => Some(lapic.mmio_read(offset, len, timer::now_ns())),
+            (Some(offset), Some(lapic)) => {
+                let value = lapic.mmio_read(offset, len, timer::now_ns());
+                self.lapic_accessed(vm, offset, false);
+                Some(value)
+            }
             _ => vm.irq.mmio_read(gpa, len),
         }
     }
@@ -386,6 +441,7 @@ impl<V: Vendor> State<V> {
             (Some(offset), Some(lapic)) => {
                 let work = lapic.mmio_write(offset, len, value, write_time(offset));
                 self.lapic_work(vm, work);
+                self.lapic_accessed(vm, offset, true);
                 true
             }
             _ => vm.irq.mmio_write(gpa, len, value),

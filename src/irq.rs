@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Interrupt controllers of a VM outside its vCPUs: 8259A, I/O APIC, 8254, the routing table, irqfds and ioeventfds.
+//! Interrupt controllers of a VM outside its vCPUs: 8259A, I/O APIC, 8254, and the routing table.
 //!
 //! The models are pure; here is their lock, the host timer, and what carries their work out. Messages go to the vCPUs' inboxes under the
 //! lock; eventfds are signalled after it, because an eventfd may lead back here.
 #![forbid(unsafe_code)]
+
+use core::sync::atomic::{
+    AtomicU32,
+    Ordering::{Acquire, Release},
+};
 
 use kernel::{
     prelude::*,
@@ -12,35 +17,30 @@ use kernel::{
 
 use crate::{
     abi::irq::{
-        KvmIoapicState, KvmIoeventfd, KvmIrqRouting, KvmIrqRoutingEntry, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPicState,
-        KvmPitConfig, KvmPitState2, KVM_IOEVENTFD_FLAG_DATAMATCH, KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IOEVENTFD_FLAG_PIO,
-        KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
+        KvmIoapicState, KvmIrqRouting, KvmIrqRoutingEntry, KvmIrqchip, KvmMsi, KvmPicState, KvmPitConfig, KvmPitState2,
     },
     arch::{Gpa, Hva},
+    coalesced::Coalesced,
     glue::{
-        eventfd::{EventFd, Irqfd, IrqfdTarget},
+        eventfd::Irqfd,
         lock::IrqSpinLock,
         srcu::SrcuCell,
         timer::{self, Timer, TimerTarget},
         user,
     },
+    irq_eventfd::{Ioevent, IrqfdLine, Resampler},
     irqchip::{
         dest::Origin,
         ioapic::{Ioapic, STORM_PAUSE_NS, WINDOW_BYTES},
         pic::{Pic, PicWork},
         pit::Pit,
-        routing::{self, Msi, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
-        Eoi, LineSource, LineStatus, Message,
+        routing::{self, Msi, Pins, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
+        Bits256, Eoi, LineSource, LineStatus, Message,
     },
     new_irq_spinlock,
     vcpu::Peers,
 };
 
-const DEVICE: Origin = Origin::Device { ff_is_everybody: true };
-const RULES: RouteRules = RouteRules { split_irqchip: false, wide_ids: false };
-/// Most ioeventfds of a VM: they are searched one by one, and one eventfd serves any number of them. Many more than a machine with a
-/// hundred devices of many queues has.
-const MAX_IOEVENTS: usize = 4096;
 /// The PIT's interrupt.
 const PIT_GSI: u32 = 0;
 
@@ -49,6 +49,8 @@ const PIT_GSI: u32 = 0;
 struct Chips {
     irqchip: Option<KBox<Irqchip>>,
     pit: Option<KBox<Pit>>,
+    /// Pins that [`PIT_GSI`] goes to.
+    pit_pins: Pins,
 }
 
 #[derive(Default)]
@@ -58,29 +60,12 @@ struct Irqchip {
 }
 
 /// The routing table.
-struct Routes {
-    routes: KVVec<Route>,
-    starts: KVVec<u16>,
-}
-
-/// A resample eventfd: told when the interrupt of its GSI is acknowledged.
-#[derive(Clone)]
-struct Resampler {
-    gsi: u32,
-    /// The irqfd that it belongs to.
-    trigger: Arc<EventFd>,
-    eventfd: Arc<EventFd>,
-}
-
-/// An eventfd in the place of a device register.
-#[derive(Clone)]
-struct Ioevent {
-    pio: bool,
-    address: u64,
-    /// 0: any.
-    len: u32,
-    data_match: Option<u64>,
-    eventfd: Arc<EventFd>,
+#[derive(Default)]
+pub(crate) struct Routes {
+    pub(crate) routes: KVVec<Route>,
+    pub(crate) starts: KVVec<u16>,
+    /// Vectors of the level-triggered pins of an I/O APIC in userspace, which wants to know of their end.
+    user_levels: Bits256,
 }
 
 /// What timers, irqfds and the VM share.
@@ -89,8 +74,24 @@ pub(crate) struct Controllers {
     peers: Arc<Peers>,
     #[pin]
     chips: IrqSpinLock<Chips>,
-    routes: SrcuCell<Routes>,
-    resamplers: SrcuCell<KVVec<Resampler>>,
+    pub(crate) routes: SrcuCell<Routes>,
+    pub(crate) resamplers: SrcuCell<KVVec<Resampler>>,
+    /// Of [`mode`].
+    mode: AtomicU32,
+}
+
+/// What userspace chose for the VM, before there are vCPUs.
+mod mode {
+    /// KVM_CREATE_IRQCHIP or KVM_CAP_SPLIT_IRQCHIP: local APICs are in the kernel.
+    pub(super) const CREATED: u32 = 1 << 0;
+    /// KVM_CAP_SPLIT_IRQCHIP.
+    pub(super) const SPLIT: u32 = 1 << 1;
+    /// KVM_X2APIC_API_USE_32BIT_IDS.
+    pub(super) const WIDE_IDS: u32 = 1 << 2;
+    /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+    pub(super) const FF_IS_ONE_CPU: u32 = 1 << 3;
+    /// Routes of the first GSIs, this many, are pins of userspace's I/O APIC.
+    pub(super) const RESERVED_PINS_SHIFT: u32 = 16;
 }
 
 /// Work that waits until the lock is free.
@@ -105,7 +106,7 @@ struct Later {
 
 impl Controllers {
     fn new(peers: Arc<Peers>) -> Result<Arc<Self>> {
-        let routes = SrcuCell::new(Routes { routes: KVVec::new(), starts: KVVec::new() })?;
+        let routes = SrcuCell::new(Routes::default())?;
         let resamplers = SrcuCell::new(KVVec::new())?;
         Ok(Arc::pin_init(
             pin_init!(Self {
@@ -113,6 +114,7 @@ impl Controllers {
                 chips <- new_irq_spinlock!(Chips::default(), "krab::chips"),
                 routes,
                 resamplers,
+                mode: 0.into(),
             }),
             GFP_KERNEL_ACCOUNT,
         )?)
@@ -128,8 +130,12 @@ impl Controllers {
         }
     }
 
+    fn has(&self, mode: u32) -> bool {
+        self.mode.load(Acquire) & mode != 0
+    }
+
     fn deliver(&self, message: &Message) -> Option<usize> {
-        self.peers.deliver(message, DEVICE)
+        self.peers.deliver(message, Origin::Device { ff_is_everybody: !self.has(mode::FF_IS_ONE_CPU) })
     }
 
     /// Drives a GSI. The sum over its routes as KVM_IRQ_LINE_STATUS has it: negative when nothing was delivered, 0 when
@@ -140,7 +146,7 @@ impl Controllers {
         for route in routing::lookup(&routes.routes, &routes.starts, gsi) {
             let status = match route.target {
                 Target::Msi(_) if !level => continue,
-                Target::Msi(msi) => match self.deliver(&msi.message(RULES.wide_ids)) {
+                Target::Msi(msi) => match self.deliver(&msi.message(self.has(mode::WIDE_IDS))) {
                     None => LineStatus::Ignored.kvm(),
                     Some(count) => count as i32,
                 },
@@ -197,12 +203,19 @@ impl Controllers {
             paused = work.paused;
             self.service_pins(&mut irqchip.ioapic, work.again);
             later.ioapic_acknowledged = work.acknowledged;
-            if work.acknowledged & 1 << PIT_GSI != 0 {
+            if work.acknowledged & chips.pit_pins.ioapic != 0 {
                 later.pit_again = chips.pit.as_mut().is_some_and(|pit| pit.irq_acknowledged());
             }
         }
         self.finish(&later);
         paused
+    }
+
+    /// Tells the I/O APIC which of its pins (as bits) are resampled.
+    pub(crate) fn set_resampling(&self, pins: u32) {
+        if let Some(irqchip) = &mut self.chips.lock().irqchip {
+            irqchip.ioapic.set_resampling(pins);
+        }
     }
 
     /// Lets the pins go on that a storm paused.
@@ -276,12 +289,13 @@ impl Controllers {
 /// Tells the PIT what happened at the 8259A.
 fn pic_work(chips: &mut Chips, work: PicWork) -> Later {
     let mut later = Later { pic_acknowledged: work.acknowledged, ..Later::default() };
+    let pins = chips.pit_pins.pic;
     if let Some(pit) = &mut chips.pit {
-        if work.acknowledged & 1 << PIT_GSI != 0 {
+        if work.acknowledged & pins != 0 {
             later.pit_again = pit.irq_acknowledged();
         }
-        let unmasked = chips.irqchip.as_ref().is_some_and(|irqchip| irqchip.pic.masks() & 1 << PIT_GSI == 0);
-        if work.mask_changed & 1 << PIT_GSI != 0 && unmasked {
+        let unmasked = chips.irqchip.as_ref().is_some_and(|irqchip| irqchip.pic.masks() & pins == 0);
+        if work.mask_changed & pins != 0 && unmasked {
             pit.irq_unmasked();
         }
     }
@@ -315,71 +329,83 @@ impl TimerTarget for StormTimer {
     }
 }
 
-/// An irqfd's GSI.
-struct IrqfdLine {
-    controllers: Arc<Controllers>,
-    gsi: u32,
-    resample: bool,
-}
-
-impl IrqfdTarget for IrqfdLine {
-    fn signaled(&self) {
-        if self.resample {
-            // Stays high until it is acknowledged.
-            self.controllers.set_gsi(self.gsi, LineSource::Resampler, true);
-        } else {
-            self.controllers.set_gsi(self.gsi, LineSource::User, true);
-            self.controllers.set_gsi(self.gsi, LineSource::User, false);
-        }
-    }
-}
-
 /// All of it, as the VM has it.
 #[pin_data]
 pub(crate) struct Irq {
-    controllers: Arc<Controllers>,
-    ioevents: SrcuCell<KVVec<Ioevent>>,
+    pub(crate) controllers: Arc<Controllers>,
+    pub(crate) ioevents: SrcuCell<KVVec<Ioevent>>,
+    /// There were ioeventfds at some time.
+    pub(crate) any_ioevents: core::sync::atomic::AtomicBool,
+    #[pin]
+    pub(crate) coalesced: Coalesced,
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
     storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
-    irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
-    /// KVM_CREATE_IRQCHIP happened.
-    created: core::sync::atomic::AtomicBool,
+    pub(crate) irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
     /// KVM_PIT_SPEAKER_DUMMY: port 61h is here too.
     speaker: core::sync::atomic::AtomicBool,
 }
-
-use core::sync::atomic::Ordering::{Acquire, Release};
 
 impl Irq {
     pub(crate) fn new(peers: Arc<Peers>) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             controllers: Controllers::new(peers)?,
             ioevents: SrcuCell::new(KVVec::new())?,
+            any_ioevents: false.into(),
+            coalesced <- Coalesced::new(),
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
             irqfds <- kernel::new_mutex!(KVec::new()),
-            created: false.into(),
             speaker: false.into(),
         }? Error)
     }
 
     /// Whether the interrupt controllers are in the kernel.
     pub(crate) fn exists(&self) -> bool {
-        self.created.load(Acquire)
+        self.controllers.has(mode::CREATED)
     }
 
-    fn need(&self, error: Error) -> Result {
+    /// Whether the 8259A and the I/O APIC are in the kernel, too.
+    pub(crate) fn has_pic(&self) -> bool {
+        self.controllers.mode.load(Acquire) & (mode::CREATED | mode::SPLIT) == mode::CREATED
+    }
+
+    /// How messages and routes are read.
+    pub(crate) fn rules(&self) -> RouteRules {
+        RouteRules { split_irqchip: self.controllers.has(mode::SPLIT), wide_ids: self.controllers.has(mode::WIDE_IDS) }
+    }
+
+    /// KVM_CAP_SPLIT_IRQCHIP: only the local APICs are in the kernel. The caller has seen that there is no vCPU yet.
+    pub(crate) fn split(&self, reserved_pins: u16) -> Result {
+        if self.exists() {
+            return Err(EEXIST);
+        }
+        let pins = u32::from(reserved_pins) << mode::RESERVED_PINS_SHIFT;
+        self.controllers.mode.fetch_or(mode::CREATED | mode::SPLIT | pins, Release);
+        Ok(())
+    }
+
+    /// KVM_CAP_X2APIC_API.
+    pub(crate) fn set_x2apic_api(&self, wide_ids: bool, ff_is_one_cpu: bool) {
+        let bits = u32::from(wide_ids) * mode::WIDE_IDS | u32::from(ff_is_one_cpu) * mode::FF_IS_ONE_CPU;
+        self.controllers.mode.fetch_or(bits, Release);
+    }
+
+    pub(crate) fn need(&self, error: Error) -> Result {
         self.exists().then_some(()).ok_or(error)
     }
 
-    /// A local APIC ended an interrupt.
-    pub(crate) fn eoi(&self, eoi: Eoi) {
+    /// A local APIC ended an interrupt. Whether userspace is to know, because its I/O APIC sent it.
+    pub(crate) fn eoi(&self, eoi: Eoi) -> bool {
+        if self.controllers.has(mode::SPLIT) {
+            return eoi.broadcast && self.controllers.routes.read().user_levels.test(eoi.vector);
+        }
         if self.controllers.eoi(eoi) {
             if let Some(timer) = self.storm_timer.as_ref() {
                 timer.arm(timer::now_ns().saturating_add(STORM_PAUSE_NS));
             }
         }
+        false
     }
 
     pub(crate) fn pic_output(&self) -> bool {
@@ -394,7 +420,7 @@ impl Irq {
     #[inline]
     pub(crate) fn port_in(&self, port: u16, size_bytes: u8) -> Option<u32> {
         match port {
-            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.exists() => {}
+            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.has_pic() => {}
             _ => return None,
         }
         let now = timer::now_ns();
@@ -418,8 +444,12 @@ impl Irq {
     #[inline]
     pub(crate) fn port_out(&self, port: u16, size_bytes: u8, value: u32) -> bool {
         match port {
-            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.exists() => {}
-            _ => return self.ioevent(true, port.into(), size_bytes.into(), value.into()),
+            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.has_pic() => {}
+            _ => {
+                let (port, len) = (port.into(), size_bytes.into());
+                return self.ioevent(true, port, len, value.into())
+                    || self.coalesced.post(true, port, len, value.into());
+            }
         }
         let now = timer::now_ns();
         let mut chips = self.controllers.chips.lock();
@@ -464,6 +494,9 @@ impl Irq {
 
     /// A read from the I/O APIC. `None`: userspace has the address.
     pub(crate) fn mmio_read(&self, gpa: Gpa, len: u8) -> Option<u64> {
+        if !self.exists() {
+            return None;
+        }
         let chips = self.controllers.chips.lock();
         let ioapic = &chips.irqchip.as_ref()?.ioapic;
         let offset = gpa.0.wrapping_sub(ioapic.base().0);
@@ -472,8 +505,11 @@ impl Irq {
 
     /// A write to the I/O APIC or an ioeventfd. `false`: userspace has the address.
     pub(crate) fn mmio_write(&self, gpa: Gpa, len: u8, value: u64) -> bool {
-        if self.ioevent(false, gpa.0, len.into(), value) {
+        if self.ioevent(false, gpa.0, len.into(), value) || self.coalesced.post(false, gpa.0, len.into(), value) {
             return true;
+        }
+        if !self.exists() {
+            return false;
         }
         let mut resample = None;
         {
@@ -487,8 +523,11 @@ impl Irq {
             if let Some((pin, message)) = work.message {
                 self.controllers.send_pin(&mut irqchip.ioapic, pin, &message);
             }
-            if let (Some((0, false)), Some(pit)) = (work.mask_changed, &mut chips.pit) {
-                pit.irq_unmasked();
+            let pins = chips.pit_pins.ioapic;
+            if let (Some((pin, false)), Some(pit)) = (work.mask_changed, &mut chips.pit) {
+                if pins & 1 << (pin & 31) != 0 {
+                    pit.irq_unmasked();
+                }
             }
             if let Some(pin) = work.resample {
                 resample = Some(1 << (pin & 31));
@@ -498,19 +537,6 @@ impl Irq {
             self.controllers.finish(&Later { ioapic_acknowledged: pins, ..Later::default() });
         }
         true
-    }
-
-    /// Signals the ioeventfds for a write. Whether there was one.
-    #[inline]
-    fn ioevent(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
-        let ioevents = self.ioevents.read();
-        let hit = ioevents.iter().find(|event| {
-            event.pio == pio
-                && event.address == address
-                && (event.len == 0 || event.len == len)
-                && event.data_match.is_none_or(|wanted| wanted == value)
-        });
-        hit.map(|event| event.eventfd.signal()).is_some()
     }
 
     /// KVM_CREATE_IRQCHIP. The caller has seen that there is no vCPU yet.
@@ -525,7 +551,7 @@ impl Irq {
         let storm_timer = KBox::pin_init(Timer::new(StormTimer(self.controllers.clone())), GFP_KERNEL_ACCOUNT)?;
         self.storm_timer.populate(storm_timer);
         self.controllers.chips.lock().irqchip = Some(irqchip);
-        self.created.store(true, Release);
+        self.controllers.mode.fetch_or(mode::CREATED, Release);
         Ok(())
     }
 
@@ -535,7 +561,7 @@ impl Irq {
         if config.flags & !SPEAKER_DUMMY != 0 {
             return Err(EINVAL);
         }
-        self.need(ENOENT)?;
+        self.has_pic().then_some(()).ok_or(ENOENT)?;
         let pit = KBox::new(Pit::new(), GFP_KERNEL_ACCOUNT)?;
         let timer = KBox::pin_init(Timer::new(PitTimer(self.controllers.clone())), GFP_KERNEL_ACCOUNT)?;
         let mut chips = self.controllers.chips.lock();
@@ -563,6 +589,12 @@ impl Irq {
         let deadline = pit.deadline_ns();
         drop(chips);
         self.arm_pit(deadline);
+        Ok(())
+    }
+
+    /// KVM_REINJECT_CONTROL: whether ticks that come too early for the guest wait for it.
+    pub(crate) fn set_pit_reinjection(&self, reinject: bool) -> Result {
+        self.controllers.chips.lock().pit.as_mut().ok_or(ENXIO)?.set_reinject(reinject);
         Ok(())
     }
 
@@ -613,8 +645,9 @@ impl Irq {
             return Err(EINVAL);
         }
         let msi = Msi { address_lo: msi.address_lo, address_hi: msi.address_hi, data: msi.data };
-        msi.check(RULES.wide_ids).map_err(|_| EINVAL)?;
-        match self.controllers.deliver(&msi.message(RULES.wide_ids)) {
+        let wide_ids = self.rules().wide_ids;
+        msi.check(wide_ids).map_err(|_| EINVAL)?;
+        match self.controllers.deliver(&msi.message(wide_ids)) {
             None => Err(EPERM),
             Some(count) => Ok(count as isize),
         }
@@ -630,8 +663,9 @@ impl Irq {
         let at = at.wrapping_add(size_of::<KvmIrqRouting>() as u64);
         let raw: KVVec<KvmIrqRoutingEntry> = user::read_vec(at, head.nr as usize, MAX_ROUTES)?;
         let mut routes = KVVec::with_capacity(raw.len(), GFP_KERNEL_ACCOUNT)?;
+        let rules = self.rules();
         for raw in raw.iter() {
-            routes.push(Route::from_raw(raw, RULES).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
+            routes.push(Route::from_raw(raw, rules).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(routes)
     }
@@ -641,138 +675,11 @@ impl Irq {
         let mut starts = KVVec::new();
         starts.resize(routing::starts_len(&routes), 0u16, GFP_KERNEL_ACCOUNT)?;
         routing::build(&mut routes, &mut starts).map_err(|_| EINVAL)?;
-        self.controllers.routes.replace(Routes { routes, starts })
-    }
-
-    /// KVM_IRQFD.
-    pub(crate) fn irqfd(&self, request: &KvmIrqfd) -> Result {
-        if request.flags & !(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE) != 0
-            || request.gsi as usize >= MAX_ROUTES
-        {
-            return Err(EINVAL);
-        }
-        let fd = request.fd as i32;
-        let resample = request.flags & KVM_IRQFD_FLAG_RESAMPLE != 0;
-        let mut irqfds = self.irqfds.lock();
-        for dead in irqfds.iter().filter(|irqfd| irqfd.is_dead()) {
-            self.drop_resamplers(|resampler| resampler.trigger.is_same(dead.eventfd()))?;
-        }
-        irqfds.retain(|irqfd| !irqfd.is_dead());
-        let resamples = |resampler: &Resampler, eventfd: &EventFd| {
-            resampler.gsi == request.gsi && resampler.trigger.is_same(eventfd)
-        };
-        if request.flags & KVM_IRQFD_FLAG_DEASSIGN != 0 {
-            let eventfd = EventFd::from_fd(fd)?;
-            self.drop_resamplers(|resampler| resamples(resampler, &eventfd))?;
-            irqfds.retain(|irqfd| irqfd.target().gsi != request.gsi || !irqfd.eventfd().is_same(&eventfd));
-            return Ok(());
-        }
-        self.need(EINVAL)?;
-        irqfds.reserve(1, GFP_KERNEL_ACCOUNT)?;
-        let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
-        let irqfd = Irqfd::new(fd, line)?;
-        if resample {
-            // Only now is it sure that the eventfd is free. An interrupt that was acknowledged before comes again, as its line stays high.
-            let trigger = Arc::new(EventFd::from_fd(fd)?, GFP_KERNEL_ACCOUNT)?;
-            if !irqfd.eventfd().is_same(&trigger) {
-                return Err(EBADF);
-            }
-            let eventfd = Arc::new(EventFd::from_fd(request.resamplefd as i32)?, GFP_KERNEL_ACCOUNT)?;
-            let mut all = self.copy_resamplers(|_| true)?;
-            all.push(Resampler { gsi: request.gsi, trigger, eventfd }, GFP_KERNEL_ACCOUNT)?;
-            self.controllers.resamplers.replace(all)?;
-            self.tell_resampling();
-        }
-        irqfds.push(irqfd, GFP_KERNEL_ACCOUNT)?;
+        let mode = self.controllers.mode.load(Acquire);
+        let user_levels = routing::level_vectors(&routes, mode >> mode::RESERVED_PINS_SHIFT, self.rules().wide_ids);
+        let pit_pins = routing::pins(&routes, &starts, PIT_GSI);
+        self.controllers.routes.replace(Routes { routes, starts, user_levels })?;
+        self.controllers.chips.lock().pit_pins = pit_pins;
         Ok(())
-    }
-
-    fn copy_resamplers(&self, keep: impl Fn(&Resampler) -> bool) -> Result<KVVec<Resampler>> {
-        let old = self.controllers.resamplers.read();
-        let mut all = KVVec::with_capacity(old.len(), GFP_KERNEL_ACCOUNT)?;
-        for resampler in old.iter().filter(|resampler| keep(resampler)) {
-            all.push(resampler.clone(), GFP_KERNEL_ACCOUNT)?;
-        }
-        Ok(all)
-    }
-
-    fn drop_resamplers(&self, gone: impl Fn(&Resampler) -> bool) -> Result {
-        if self.controllers.resamplers.read().iter().any(&gone) {
-            let rest = self.copy_resamplers(|resampler| !gone(resampler))?;
-            self.controllers.resamplers.replace(rest)?;
-            self.tell_resampling();
-        }
-        Ok(())
-    }
-
-    /// Tells the I/O APIC which of its pins are resampled.
-    fn tell_resampling(&self) {
-        let mut pins = 0;
-        let resamplers = self.controllers.resamplers.read();
-        let routes = self.controllers.routes.read();
-        for resampler in resamplers.iter() {
-            for route in routing::lookup(&routes.routes, &routes.starts, resampler.gsi) {
-                if let Target::Ioapic(pin) = route.target {
-                    pins |= 1 << (pin & 31);
-                }
-            }
-        }
-        if let Some(irqchip) = &mut self.controllers.chips.lock().irqchip {
-            irqchip.ioapic.set_resampling(pins);
-        }
-    }
-
-    /// KVM_IOEVENTFD. The caller keeps others from changing them at the same time.
-    pub(crate) fn ioeventfd(&self, request: &KvmIoeventfd) -> Result {
-        const KNOWN: u32 = KVM_IOEVENTFD_FLAG_DATAMATCH | KVM_IOEVENTFD_FLAG_PIO | KVM_IOEVENTFD_FLAG_DEASSIGN;
-        let pio = request.flags & KVM_IOEVENTFD_FLAG_PIO != 0;
-        let matches = request.flags & KVM_IOEVENTFD_FLAG_DATAMATCH != 0;
-        let bad = request.flags & !KNOWN != 0
-            || !matches!(request.len, 0 | 1 | 2 | 4 | 8)
-            || request.len == 0 && matches
-            || request.addr.checked_add(request.len.into()).is_none();
-        if bad {
-            return Err(EINVAL);
-        }
-        let new = Ioevent {
-            pio,
-            address: request.addr,
-            len: request.len,
-            data_match: matches.then_some(request.datamatch),
-            eventfd: Arc::new(EventFd::from_fd(request.fd)?, GFP_KERNEL_ACCOUNT)?,
-        };
-        let same_place = |old: &Ioevent| old.pio == new.pio && old.address == new.address && old.len == new.len;
-        let old = self.ioevents.read();
-        let mut all = KVVec::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
-        if request.flags & KVM_IOEVENTFD_FLAG_DEASSIGN != 0 {
-            let is_it = |event: &Ioevent| {
-                same_place(event) && event.data_match == new.data_match && event.eventfd.is_same(&new.eventfd)
-            };
-            if !old.iter().any(is_it) {
-                return Err(ENOENT);
-            }
-            for event in old.iter().filter(|event| !is_it(event)) {
-                all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;
-            }
-        } else {
-            let clash = |event: &Ioevent| {
-                event.pio == new.pio
-                    && event.address == new.address
-                    && (event.len == 0 || new.len == 0 || event.len == new.len)
-                    && (event.data_match.is_none() || !matches || event.data_match == new.data_match)
-            };
-            if old.iter().any(clash) {
-                return Err(EEXIST);
-            }
-            if old.len() >= MAX_IOEVENTS {
-                return Err(ENOSPC);
-            }
-            for event in old.iter() {
-                all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;
-            }
-            all.push(new, GFP_KERNEL_ACCOUNT)?;
-        }
-        drop(old);
-        self.ioevents.replace(all)
     }
 }

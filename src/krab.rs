@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Kernel crate root: the `krab` module. It looks at the CPUs, takes the vendor's room that fits, and registers `/dev/krab`.
 #![allow(unreachable_pub)]
-use kernel::prelude::*;
+use kernel::{prelude::*, sync::Arc};
 
 #[path = "../rust/mod.rs"]
 mod glue;
@@ -24,21 +24,32 @@ mod mmu;
 mod policy;
 
 mod clock;
+mod coalesced;
+mod debug;
 mod dev;
+mod dirty_ring;
 mod emulation;
+mod enable_cap;
 mod exits;
+mod hypercall;
 mod irq;
+mod irq_eventfd;
 mod memory;
 mod msrs;
 mod run;
+mod stats;
 mod svm;
+mod to_user;
 mod vcpu;
 mod vcpu_ioctl;
 mod vendor;
 mod vm;
 
 use dev::{Host, System};
-use glue::fd::CharDevice;
+use glue::{
+    debugfs,
+    fd::{CharDevice, Node},
+};
 use svm::Svm;
 
 module! {
@@ -47,19 +58,47 @@ module! {
     authors: ["The Krab developers"],
     description: "Type-2 hypervisor with KVM's interface",
     license: "GPL",
+    params: {
+        kvm_node: u8 {
+            default: 0,
+            description: "1: serve /dev/kvm, too, where KVM is not loaded",
+        },
+    },
 }
 
 #[pin_data]
 struct Krab {
     #[pin]
     device: CharDevice<System<Svm>>,
+    _kvm: Option<Pin<KBox<CharDevice<System<Svm>>>>>,
+    _debugfs: debugfs::Root<vcpu::Peers>,
 }
 
 impl kernel::InPlaceModule for Krab {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(|| {
-            let system = System(Host::new(Svm::probe()?)?);
-            Ok(try_pin_init!(Self { device <- CharDevice::register(system) }? Error))
+            let host = Host::new(Svm::probe()?)?;
+            let as_kvm = *module_parameters::kvm_node.value() != 0;
+            // Where KVM's tools look.
+            let root = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
+            let kvm = match as_kvm {
+                true => Some(serve_kvm(host.clone())?),
+                false => None,
+            };
+            Ok(try_pin_init!(Self {
+                device <- CharDevice::register(System(host), Node::KRAB),
+                _kvm: kvm,
+                _debugfs: root,
+            }? Error))
         })
     }
+}
+
+/// `/dev/kvm`, for programs that know no other path.
+fn serve_kvm(host: Arc<Host<Svm>>) -> Result<Pin<KBox<CharDevice<System<Svm>>>>> {
+    KBox::pin_init(CharDevice::register(System(host), Node::KVM), GFP_KERNEL).inspect_err(|error| {
+        if *error == EBUSY {
+            pr_err!("another module serves /dev/kvm: unload it (rmmod kvm_amd), or load krab without kvm_node\n");
+        }
+    })
 }

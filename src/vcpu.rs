@@ -2,7 +2,7 @@
 //! Virtual CPUs: what others see of one, what its own thread works on, and its file descriptor.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use kernel::{
     prelude::*,
@@ -13,17 +13,21 @@ use crate::{
     abi::{
         ioctl::KVM_RUN,
         pvclock::TscScale,
+        stats::VmStat,
         vcpu::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
             KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
         },
+        vm::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_X86_QUIRK_STUFF_FEATURE_MSRS},
     },
     arch::{
         cr::rflags,
         segment::{Segment, SegmentName},
     },
     clock::VcpuClock,
+    debug::GuestDebug,
     dev::MAX_VCPUS,
+    dirty_ring::DirtyRing,
     emul::Emulator,
     emulation::Found,
     glue::{
@@ -33,6 +37,7 @@ use crate::{
         kick::KickPoint,
         lock::KillableMutex,
         page::{SharedPage, UserPage},
+        task,
         timer::{self, Timer, TimerTarget},
     },
     guest::{queue::EventQueue, Regs},
@@ -41,8 +46,11 @@ use crate::{
         lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
         Message,
     },
+    msrs::MsrFilter,
     new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
+    stats::{VcpuStats, VmStats},
+    to_user::LocalApicUser,
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -53,6 +61,12 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
+    /// Something waits for userspace.
+    pub(crate) const TO_USER: u64 = 1 << 2;
+    /// The VM has another MSR filter.
+    pub(crate) const MSR_FILTER: u64 = 1 << 3;
+    /// Another CPU of the guest wakes this one, without an interrupt.
+    pub(crate) const UNHALT: u64 = 1 << 4;
 }
 
 /// What other threads see of a vCPU.
@@ -61,6 +75,11 @@ pub(crate) struct Peer {
     pub(crate) id: u32,
     pub(crate) inbox: Inbox,
     pub(crate) kick: KickPoint,
+    pub(crate) stats: VcpuStats,
+    /// Pages that it wrote, where userspace wants rings.
+    pub(crate) ring: Option<DirtyRing>,
+    /// The thread that is in KVM_RUN.
+    runner: AtomicUsize,
 }
 
 /// All vCPUs of a VM, in the order they were made. They stay until the VM goes.
@@ -68,6 +87,9 @@ pub(crate) struct Peers {
     peers: KVVec<SetOnce<Arc<Peer>>>,
     cards: KVVec<CardCell>,
     count: AtomicUsize,
+    pub(crate) stats: VmStats,
+    /// Entries of each vCPU's dirty ring; 0: dirty bitmaps.
+    ring_entries: AtomicU32,
 }
 
 impl Peers {
@@ -78,20 +100,33 @@ impl Peers {
             peers.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0) }, GFP_KERNEL_ACCOUNT)?)
+        Ok(Arc::new(
+            Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new(), ring_entries: AtomicU32::new(0) },
+            GFP_KERNEL_ACCOUNT,
+        )?)
     }
 
-    /// Adds a vCPU and returns its index. The caller keeps others from adding at the same time. `EEXIST` when the id is taken,
-    /// `EINVAL` when there are [`MAX_VCPUS`].
-    pub(crate) fn add(&self, peer: Arc<Peer>) -> Result<usize> {
-        if self.iter().any(|other| other.id == peer.id) {
+    /// The index that a new vCPU will have. The caller keeps others from adding one until it is [added](Self::add). `EEXIST` when the
+    /// id is taken, `EINVAL` when there are [`MAX_VCPUS`].
+    fn place_for(&self, id: u32) -> Result<usize> {
+        if self.iter().any(|other| other.id == id) {
             return Err(EEXIST);
         }
         let index = self.count.load(Ordering::Relaxed);
-        let place = self.peers.get(index).ok_or(EINVAL)?;
-        place.populate(peer);
-        self.count.store(index + 1, Ordering::Release);
-        Ok(index)
+        if index < self.peers.len() {
+            Ok(index)
+        } else {
+            Err(EINVAL)
+        }
+    }
+
+    /// Adds a vCPU, which others find from now on.
+    pub(crate) fn add(&self, peer: Arc<Peer>) {
+        let index = self.count.load(Ordering::Relaxed);
+        if let Some(place) = self.peers.get(index) {
+            place.populate(peer);
+            self.count.store(index + 1, Ordering::Release);
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -110,9 +145,38 @@ impl Peers {
         self.cards.get(index)
     }
 
+    pub(crate) fn ring_entries(&self) -> u32 {
+        self.ring_entries.load(Ordering::Relaxed)
+    }
+
+    /// Wants dirty rings. The caller keeps others from adding vCPUs at the same time.
+    pub(crate) fn set_ring_entries(&self, entries: u32) {
+        self.ring_entries.store(entries, Ordering::Relaxed);
+    }
+
+    /// A page was written: into the ring of the vCPU that this thread runs. What others write goes where there is most room.
+    #[cold]
+    pub(crate) fn push_dirty(&self, slot: u32, page: u64) {
+        let with_rings = || self.iter().filter(|peer| peer.ring.is_some());
+        let used = |peer: &&Arc<Peer>| peer.ring.as_ref().map_or(u32::MAX, DirtyRing::used);
+        let this = task::identity();
+        let own = with_rings().find(|peer| peer.runner.load(Ordering::Relaxed) == this);
+        let Some(peer) = own.or_else(|| with_rings().min_by_key(used)) else { return };
+        let Some(ring) = &peer.ring else { return };
+        if !ring.push(slot, page) {
+            // Its vCPU leaves it this full only when userspace ignores KVM_EXIT_DIRTY_RING_FULL.
+            with_rings().any(|other| other.ring.as_ref().is_some_and(|ring| ring.push(slot, page)));
+        }
+        if ring.is_nearly_full() {
+            peer.kick.post_quietly(request::TO_USER);
+        }
+    }
+
     /// Makes every vCPU forget its translations, and waits until none runs guest code with old ones.
     pub(crate) fn flush_tlbs(&self) {
+        self.stats.count(VmStat::RemoteTlbFlushRequests);
         KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::FLUSH_TLB);
+        self.stats.count(VmStat::RemoteTlbFlush);
     }
 
     /// Delivers an interrupt message. Returns how many vCPUs took it, or `None` when it was for nobody; vCPUs where it was pending
@@ -131,6 +195,18 @@ impl Peers {
             }
         });
         (matched > 0).then_some(new)
+    }
+
+    /// Delivers an interrupt message to the vCPU number `index`. Whether it took it and had none like it pending.
+    pub(crate) fn deliver_to(&self, index: usize, message: &Message) -> bool {
+        let accepts = self.cards.get(index).is_some_and(|card| card.card().accepts(message.delivery));
+        match self.get(index) {
+            Some(peer) if accepts && peer.inbox.post(message) == Posted::New => {
+                peer.kick.kick();
+                true
+            }
+            _ => false,
+        }
     }
 }
 
@@ -196,6 +272,12 @@ pub(crate) enum Pending {
     },
     /// The emulator has more to do.
     Emulation,
+    /// RDMSR or WRMSR at `rip`, which userspace carries out.
+    Msr {
+        read: bool,
+        rip: u64,
+        next_rip: u64,
+    },
 }
 
 /// Everything of a vCPU but the extended state: what the run loop works on.
@@ -207,7 +289,15 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
     pub(crate) caps: GuestCaps,
     pub(crate) msrs: KBox<MsrState>,
+    /// Accesses that userspace denies.
+    pub(crate) msr_filter: Option<Arc<MsrFilter>>,
+    /// The guest may use only those paravirtual features that its CPUID shows.
+    pub(crate) enforce_pv: bool,
+    /// Paravirtual features that the guest may use.
+    pub(crate) pv_features: u32,
     pub(crate) mp_state: MpState,
+    /// The next halt ends at once: the hypercall KICK_CPU came.
+    pub(crate) unhalted: bool,
     /// From KVM_INTERRUPT, without a local APIC.
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
@@ -226,11 +316,15 @@ pub(crate) struct State<V: Vendor> {
     /// Index among the peers.
     pub(crate) index: usize,
     pub(crate) clock: VcpuClock,
+    pub(crate) debug: GuestDebug,
     pub(crate) code_cache: CodeCache,
     /// The bytes at RIP at the last exit, where they were at hand.
     pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
     pub(crate) user_apic_base: u64,
+    pub(crate) apic_user: LocalApicUser,
+    /// The 8259A is in userspace: it says when there is an interrupt of it.
+    pub(crate) user_pic: bool,
 }
 
 /// What the vCPU's thread works on.
@@ -265,26 +359,45 @@ pub(crate) struct Vcpu<V: Vendor> {
 }
 
 impl<V: Vendor> Vcpu<V> {
-    /// A vCPU in its reset state. Adds itself to the VM's; the caller keeps others from adding at the same time.
+    /// A vCPU in its reset state. The caller keeps others from making one until it has added it to the VM's.
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
-        let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
+        let index = vm.peers.place_for(id)?;
+        let peer = Arc::new(
+            Peer {
+                id,
+                inbox: Inbox::new(),
+                kick: KickPoint::new(),
+                stats: VcpuStats::new(),
+                ring: match vm.peers.ring_entries() {
+                    0 => None,
+                    entries => Some(DirtyRing::new(entries)?),
+                },
+                runner: AtomicUsize::new(0),
+            },
+            GFP_KERNEL_ACCOUNT,
+        )?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
-        let lapic = match vm.has_irqchip() {
-            true => Some(KBox::new(Lapic::new(id, id == 0, Default::default()), GFP_KERNEL_ACCOUNT)?),
+        let boots = id == vm.enabled.boot_cpu();
+        let mut lapic = match vm.has_irqchip() {
+            true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
-        let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
-        let msrs = KBox::new(MsrState::new(&vm.host.msr_config), GFP_KERNEL_ACCOUNT)?;
+        if let Some(lapic) = &mut lapic {
+            lapic.set_bus_cycle(vm.enabled.bus_cycle_ns());
+        }
+        let mp_state = if lapic.is_some() && !boots { MpState::Uninitialized } else { MpState::Runnable };
+        let stuffed = vm.enabled.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS);
+        let msrs = KBox::new(MsrState::new(&vm.host.msr_config, stuffed), GFP_KERNEL_ACCOUNT)?;
+        let msr_filter = vm.msr_filter.lock().clone();
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
         let (run, data) = (SharedPage::new()?, SharedPage::new()?);
-        let index = vm.peers.add(peer.clone())?;
-        let mut state = State {
+        let mut state = State::<V> {
             hw,
             regs: Regs::default(),
             events: EventQueue::default(),
@@ -292,7 +405,11 @@ impl<V: Vendor> Vcpu<V> {
             cpuid,
             caps,
             msrs,
+            msr_filter,
+            enforce_pv: false,
+            pv_features: u32::MAX,
             mp_state,
+            unhalted: false,
             user_interrupt: None,
             pic_signal: false,
             cr8: 0,
@@ -302,12 +419,16 @@ impl<V: Vendor> Vcpu<V> {
             windows_open: false,
             timer,
             index,
-            clock: VcpuClock::default(),
+            clock: VcpuClock::new(peer.clone()),
+            debug: GuestDebug::default(),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
-            user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
+            user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
+            apic_user: LocalApicUser::default(),
+            user_pic: !vm.irq.has_pic(),
         };
         state.regs = RESET_REGS;
+        state.hw.want_all_msrs(state.msr_filter.is_some());
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
             card.publish(lapic.card());
         }
@@ -374,7 +495,7 @@ impl<V: Vendor> State<V> {
         self.reset_cpu();
         self.pic_signal = false;
         self.msrs.init();
-        self.clock = VcpuClock::default();
+        self.clock.reset();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;
@@ -405,7 +526,9 @@ impl<V: Vendor> State<V> {
             vm.peers.deliver(&message, Origin::Cpu(self.index));
         }
         if let Some(eoi) = work.eoi {
-            vm.irq.eoi(eoi);
+            if vm.irq.eoi(eoi) {
+                self.interrupt_ended(vm, eoi.vector);
+            }
         }
         if work.timer_changed {
             self.arm_timer();
@@ -431,6 +554,23 @@ impl<V: Vendor> State<V> {
     }
 }
 
+impl Peer {
+    /// Remembers which thread is in KVM_RUN, until the value it returns is dropped.
+    pub(crate) fn run_here(&self) -> Running<'_> {
+        self.runner.store(task::identity(), Ordering::Relaxed);
+        Running(self)
+    }
+}
+
+/// A thread in KVM_RUN.
+pub(crate) struct Running<'a>(&'a Peer);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.runner.store(0, Ordering::Relaxed);
+    }
+}
+
 impl<V: Vendor> FileOperations for Vcpu<V> {
     const NAME: &'static CStr = c"krab-vcpu";
     const MAPPABLE: bool = true;
@@ -446,10 +586,19 @@ impl<V: Vendor> FileOperations for Vcpu<V> {
         }
     }
 
+    /// A ring is shared or not at all.
+    fn may_map(this: ArcBorrow<'_, Self>, first: u64, shared: bool) -> bool {
+        shared || first < KVM_DIRTY_LOG_PAGE_OFFSET || this.peer.ring.is_none()
+    }
+
     fn page(this: ArcBorrow<'_, Self>, index: u64) -> Option<UserPage> {
         match index {
             0 => Some(this.run.user_page()),
             1 => Some(this.data.user_page()),
+            2 => Some(this.vm.irq.coalesced.user_page()),
+            index if index >= KVM_DIRTY_LOG_PAGE_OFFSET => {
+                this.peer.ring.as_ref()?.page(index - KVM_DIRTY_LOG_PAGE_OFFSET)
+            }
             _ => None,
         }
     }

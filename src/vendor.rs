@@ -14,29 +14,16 @@ use crate::{
     mmu::Format,
 };
 
-/// Guest registers behind MSRs that hardware switches.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HardwareMsr {
-    Efer,
-    Star,
-    Lstar,
-    Cstar,
-    Sfmask,
-    FsBase,
-    GsBase,
-    KernelGsBase,
-    SysenterCs,
-    SysenterEsp,
-    SysenterEip,
-    Pat,
-    SpecCtrl,
-}
+pub(crate) use crate::policy::msr::HardwareMsr;
 
 /// A vendor's virtualization extension.
 pub(crate) trait Vendor: Hardware + Sized {
     type Vcpu: VendorVcpu;
     /// How its nested tables look.
     type NestedFormat: Format + Send + Sync + 'static;
+
+    /// Its hypercall instruction: VMCALL, or VMMCALL.
+    const HYPERCALL: [u8; 3];
 
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
@@ -98,6 +85,10 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_nmi_window(&mut self, wanted: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
+    fn want_breakpoints(&mut self, wanted: bool);
+    /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
+    fn want_all_msrs(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

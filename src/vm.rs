@@ -8,15 +8,19 @@
 use kernel::{
     new_mutex,
     prelude::*,
-    sync::{Arc, ArcBorrow, Mutex},
+    sync::{Arc, ArcBorrow, Mutex, SetOnce},
 };
 
 use crate::{
     abi::{
+        cap::KVM_CAP_X86_APIC_BUS_CYCLES_NS,
         ioctl::*,
-        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
+        irq::{
+            KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2, KvmReinjectControl,
+        },
         vm::{
-            KvmClockData, KvmDirtyLog, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
+            KvmClearDirtyLog, KvmClockData, KvmCoalescedMmioZone, KvmDirtyLog, KvmEnableCap, KvmMsrFilter,
+            KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
             KVM_CLOCK_TSC_STABLE,
         },
         FromZeros,
@@ -24,12 +28,16 @@ use crate::{
     arch::Hva,
     clock::VmClock,
     dev::{Host, InUse, MAX_VCPUS},
+    enable_cap::Enabled,
     glue::{
+        debugfs::Folder,
         fd::{self, FileOperations},
         timer, user,
     },
     irq::Irq,
     memory::Memory,
+    msrs::MsrFilter,
+    stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
     vendor::Vendor,
 };
@@ -43,10 +51,16 @@ pub(crate) struct Vm<V: Vendor> {
     pub(crate) irq: Irq,
     /// Held while something is made that others must not make at the same time.
     #[pin]
-    setup: Mutex<()>,
+    pub(crate) setup: Mutex<()>,
     pub(crate) peers: Arc<Peers>,
     #[pin]
     pub(crate) clock: VmClock,
+    pub(crate) enabled: Enabled,
+    /// Its place in debugfs.
+    folder: SetOnce<Folder<Peers>>,
+    /// What KVM_X86_SET_MSR_FILTER set. A vCPU has its own reference; [`request::MSR_FILTER`] makes it take this one.
+    #[pin]
+    pub(crate) msr_filter: Mutex<Option<Arc<MsrFilter>>>,
     /// Last: the extension is needed until everything else is gone.
     pub(crate) host: InUse<V>,
 }
@@ -64,13 +78,21 @@ impl<V: Vendor> Vm<V> {
                 setup <- new_mutex!(()),
                 peers,
                 clock <- VmClock::new(),
+                enabled: Enabled::new(),
+                folder: SetOnce::new(),
+                msr_filter <- new_mutex!(None),
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
         )?)
     }
 
-    /// Whether interrupt controllers are in the kernel.
+    /// Shows the VM in debugfs under the descriptor it got.
+    pub(crate) fn show(&self, fd: i32) {
+        self.folder.populate(Folder::new(fd, self.peers.clone()));
+    }
+
+    /// Whether local APICs are in the kernel.
     pub(crate) fn has_irqchip(&self) -> bool {
         self.irq.exists()
     }
@@ -112,18 +134,55 @@ impl<V: Vendor> FileOperations for Vm<V> {
         }
         let at = Hva(arg as u64);
         match cmd {
+            KVM_CHECK_EXTENSION if arg == KVM_CAP_X86_APIC_BUS_CYCLES_NS as usize => {
+                Ok(this.enabled.bus_cycle_ns() as isize)
+            }
             KVM_CHECK_EXTENSION => Ok(this.host.check_extension(arg)),
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
                 let _setup = this.setup.lock();
-                Ok(fd::anon_fd(Vcpu::new(this.into(), id)?)? as isize)
+                if !this.enabled.takes_id(arg) {
+                    return Err(EINVAL);
+                }
+                let vcpu = Vcpu::new(this.into(), id)?;
+                let peer = vcpu.peer.clone();
+                // Nothing fails once the vCPU is there: what is refused leaves its id free.
+                let file = fd::anon_file(vcpu)?;
+                this.peers.add(peer);
+                Ok(file.install() as isize)
             }
             KVM_SET_USER_MEMORY_REGION => {
                 this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;
                 Ok(0)
             }
+            // There is no guest_memfd: its flag is EINVAL, and so the rest of the structure means nothing.
+            KVM_SET_USER_MEMORY_REGION2 => {
+                this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion2>(at)?.into())?;
+                Ok(0)
+            }
+            KVM_ENABLE_CAP => {
+                this.enable_cap(&user::read::<KvmEnableCap>(at)?)?;
+                Ok(0)
+            }
+            KVM_SET_BOOT_CPU_ID => {
+                this.set_boot_cpu(arg)?;
+                Ok(0)
+            }
+            KVM_X86_SET_MSR_FILTER => {
+                this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
+                Ok(0)
+            }
+            KVM_RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),
+            KVM_GET_STATS_FD => StatsFile::open(this.peers.clone(), None),
+            // Tables are not limited: with nested paging KVM does not shrink them either.
+            KVM_SET_NR_MMU_PAGES if arg < 64 => Err(EINVAL),
+            KVM_SET_NR_MMU_PAGES => Ok(0),
             KVM_GET_DIRTY_LOG => {
                 this.memory.get_dirty_log(&user::read::<KvmDirtyLog>(at)?)?;
+                Ok(0)
+            }
+            KVM_CLEAR_DIRTY_LOG => {
+                this.memory.clear_dirty_log(&user::read::<KvmClearDirtyLog>(at)?)?;
                 Ok(0)
             }
             // Only VMX without unrestricted guest needs this memory.
@@ -189,6 +248,19 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 Ok(0)
             }
             KVM_SIGNAL_MSI => this.irq.signal_msi(&user::read::<KvmMsi>(at)?),
+            KVM_REINJECT_CONTROL => {
+                this.irq.set_pit_reinjection(user::read::<KvmReinjectControl>(at)?.pit_reinject != 0)?;
+                Ok(0)
+            }
+            KVM_REGISTER_COALESCED_MMIO | KVM_UNREGISTER_COALESCED_MMIO => {
+                let zone: KvmCoalescedMmioZone = user::read(at)?;
+                let _setup = this.setup.lock();
+                match cmd {
+                    KVM_REGISTER_COALESCED_MMIO => this.irq.coalesced.register(&zone)?,
+                    _ => this.irq.coalesced.unregister(&zone)?,
+                }
+                Ok(0)
+            }
             KVM_IRQFD => {
                 this.irq.irqfd(&user::read::<KvmIrqfd>(at)?)?;
                 Ok(0)

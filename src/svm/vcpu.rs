@@ -26,8 +26,9 @@ use crate::{
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 const MISC1: u32 = misc1::INTR
     | misc1::NMI
@@ -79,12 +80,16 @@ pub(crate) struct SvmVcpu {
     flush_wanted: bool,
     /// CR0 as the guest set it: hardware's copy has caching on.
     guest_cr0: u64,
+    /// EFER as the guest set it: hardware's copy has SVME, and LME only together with paging.
+    guest_efer: u64,
     spec_ctrl: u64,
 }
 
 impl Vendor for Svm {
     type Vcpu = SvmVcpu;
     type NestedFormat = Npt;
+    /// VMMCALL.
+    const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
     fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -95,6 +100,7 @@ impl Vendor for Svm {
             asid: Asid::default(),
             flush_wanted: false,
             guest_cr0: 0,
+            guest_efer: 0,
             spec_ctrl: 0,
         };
         let control = &mut vcpu.vmcb.control;
@@ -126,6 +132,16 @@ impl SvmVcpu {
     fn raw_segments(&mut self) -> [&mut VmcbSegment; 6] {
         let save = &mut self.vmcb.save;
         [&mut save.es, &mut save.cs, &mut save.ss, &mut save.ds, &mut save.fs, &mut save.gs]
+    }
+
+    /// Gives hardware what CR0 and EFER come to. Both are intercepted, so the guest sees only its own.
+    fn update_mode(&mut self) {
+        let save = &mut self.vmcb.save;
+        save.cr0 = self.guest_cr0 & !(cr0::CD | cr0::NW);
+        // LME means nothing without paging. An emulated CPU that exits from a guest with LME but without PAE takes the host's CR0.PG
+        // for the guest's step into long mode, refuses it, and leaves the host without paging.
+        let unused = if self.guest_cr0 & cr0::PG == 0 { efer::LME } else { 0 };
+        save.efer = self.guest_efer & !unused | efer::SVME;
     }
 }
 
@@ -224,8 +240,9 @@ impl VendorVcpu for SvmVcpu {
         save.cr2 = regs.cr2;
         save.cr3 = regs.cr3;
         save.cr4 = regs.cr4;
-        save.efer = regs.efer | efer::SVME;
         save.cpl = regs.cpl;
+        self.guest_efer = regs.efer;
+        self.update_mode();
         self.flush_tlb();
     }
 
@@ -275,11 +292,10 @@ impl VendorVcpu for SvmVcpu {
 
     fn set_cr0(&mut self, value: u64) {
         self.guest_cr0 = value;
-        let hardware = value & !(cr0::CD | cr0::NW);
-        self.vmcb.save.cr0 = hardware;
+        self.update_mode();
         // The guest must not see through a read that its caches are on.
-        let control = &mut self.vmcb.control;
-        control.intercept_cr = control.intercept_cr & !CR0_READ | u32::from(hardware != value);
+        let Vmcb { control, save } = &mut *self.vmcb;
+        control.intercept_cr = control.intercept_cr & !CR0_READ | u32::from(save.cr0 != value);
         self.flush_tlb();
     }
 
@@ -314,7 +330,7 @@ impl VendorVcpu for SvmVcpu {
 
     #[inline]
     fn efer(&self) -> u64 {
-        self.vmcb.save.efer & !efer::SVME
+        self.guest_efer
     }
 
     #[inline]
@@ -361,7 +377,8 @@ impl VendorVcpu for SvmVcpu {
         let save = &mut self.vmcb.save;
         match msr {
             HardwareMsr::Efer => {
-                save.efer = value | efer::SVME;
+                self.guest_efer = value;
+                self.update_mode();
                 self.flush_tlb();
             }
             HardwareMsr::Star => save.star = value,
@@ -469,6 +486,16 @@ impl VendorVcpu for SvmVcpu {
     fn want_cr8_writes(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
+    }
+
+    fn want_breakpoints(&mut self, wanted: bool) {
+        let more = if wanted { 1 << vector::BP } else { 0 };
+        self.vmcb.control.intercept_exceptions = EXCEPTIONS | more;
+    }
+
+    fn want_all_msrs(&mut self, wanted: bool) {
+        let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
+        self.vmcb.control.msrpm_base = map.address().0;
     }
 
     #[inline]

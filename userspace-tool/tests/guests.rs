@@ -181,7 +181,10 @@ fn signals_stop_any_guest() {
 fn a_closed_standard_output_does_not_end_the_guest() {
     let (_image, mut command) = launcher("closed", &[FLOOD]);
     let mut child = command.spawn().unwrap();
-    drop(child.stdout.take());
+    // The guest runs once it says something: the launcher's signals are set up then, too.
+    let mut output = child.stdout.take().unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    drop(output);
     thread::sleep(Duration::from_millis(500));
     assert_eq!(child.try_wait().unwrap(), None);
     signal(&child, libc::SIGTERM);

@@ -511,9 +511,12 @@ fn memory_limit() {
 
 fn descriptor_limit() {
     let status = in_child(|| {
-        let limit = libc::rlimit { rlim_cur: 8, rlim_max: 8 };
-        // SAFETY: a limit of the child itself.
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+        let limit = |n| {
+            let limit = libc::rlimit { rlim_cur: n, rlim_max: 16 };
+            // SAFETY: a limit of the child itself.
+            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+        };
+        limit(8);
         let d = Device::open();
         let mut vms = Vec::new();
         let r = loop {
@@ -523,8 +526,10 @@ fn descriptor_limit() {
             }
         };
         // No descriptor is left for a vCPU either, and the failed calls leave nothing behind.
-        let vcpu = vms.first().map(|vm| sys::ioctl(*vm, KVM_CREATE_VCPU, 0));
-        (r != EMFILE || vcpu != Some(Err(EMFILE))) as i32
+        let vcpu = || vms.first().map(|vm| sys::ioctl(*vm, KVM_CREATE_VCPU, 0).map(drop));
+        let refused = vcpu();
+        limit(16);
+        (r != EMFILE || refused != Some(Err(EMFILE)) || vcpu() != Some(Ok(()))) as i32
     });
     assert_eq!(status, 0);
 }
