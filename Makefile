@@ -14,6 +14,7 @@ help:
 run:
 	@scripts/run
 test: ready
+	@scripts/bochs >/dev/null
 	@scripts/in-root scripts/run-tests
 check: ready
 	@scripts/in-root scripts/check

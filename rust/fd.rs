@@ -18,7 +18,8 @@ use kernel::{
 };
 
 use super::bindings as own;
-use super::page::UserPage;
+use super::{page::UserPage, user};
+use crate::arch::Hva;
 
 /// This module, the owner of every file made here.
 const OWNER: *mut bindings::module = ptr::addr_of!(bindings::__this_module).cast_mut();
@@ -29,6 +30,8 @@ pub trait FileOperations: Send + Sync + Sized + 'static {
     const NAME: &'static CStr;
     /// Whether the file can be mapped; if not, `mmap` says ENODEV.
     const MAPPABLE: bool = false;
+    /// Whether the file can be read, with [`snapshot`](Self::snapshot); if not, `read` says EINVAL.
+    const READABLE: bool = false;
 
     /// An `ioctl` with its raw command number and argument; 32-bit callers' pointers are converted already.
     fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize>;
@@ -36,6 +39,11 @@ pub trait FileOperations: Send + Sync + Sized + 'static {
     /// The page behind page `index` of the mapping; `None` gives SIGBUS. Called on first access, may sleep.
     fn page(_this: ArcBorrow<'_, Self>, _index: u64) -> Option<UserPage> {
         None
+    }
+
+    /// The whole contents of the file at this moment. May sleep.
+    fn snapshot(_this: ArcBorrow<'_, Self>) -> Result<KVVec<u8>> {
+        Err(EINVAL)
     }
 
     /// The last descriptor is closed. The file's reference is dropped right after.
@@ -57,6 +65,7 @@ impl<T: FileOperations> FileTable<T> {
         unlocked_ioctl: Some(Self::ioctl),
         compat_ioctl: bindings::compat_ptr_ioctl,
         mmap: if T::MAPPABLE { Some(Self::mmap) } else { None },
+        read: if T::READABLE { Some(Self::read) } else { None },
         release: Some(Self::release),
         ..pin_init::zeroed()
     };
@@ -78,6 +87,26 @@ impl<T: FileOperations> FileTable<T> {
             Ok(value) => value as c_long,
             Err(error) => error.to_errno() as c_long,
         }
+    }
+
+    unsafe extern "C" fn read(
+        file: *mut bindings::file,
+        to: *mut c_char,
+        len: usize,
+        at: *mut bindings::loff_t,
+    ) -> isize {
+        let read = || {
+            // SAFETY: the kernel calls this for an open file with these operations and holds it over the call.
+            let contents = T::snapshot(unsafe { Self::object(file) })?;
+            // SAFETY: the kernel passes a valid pointer to the position, for this call.
+            let at = unsafe { &mut *at };
+            let rest = usize::try_from(*at).ok().and_then(|start| contents.get(start..)).unwrap_or(&[]);
+            let part = rest.get(..rest.len().min(len)).unwrap_or(&[]);
+            user::write_bytes(Hva(to as u64), part)?;
+            *at = at.wrapping_add(part.len() as bindings::loff_t);
+            Ok::<usize, Error>(part.len())
+        };
+        read().map_or_else(|error| error.to_errno() as isize, |done| done as isize)
     }
 
     unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
@@ -117,6 +146,11 @@ pub struct NewFile {
 }
 
 impl NewFile {
+    /// The descriptor it will have.
+    pub fn number(&self) -> i32 {
+        self.number.reserved_fd() as i32
+    }
+
     /// Lets userspace have it. Returns the descriptor, which may be used, and closed, before this returns.
     pub fn install(self) -> i32 {
         let number = self.number.reserved_fd();
@@ -125,17 +159,18 @@ impl NewFile {
     }
 }
 
-/// A file (close-on-exec, read-write) that owns `this`. EMFILE, ENFILE or ENOMEM without a descriptor or memory for it.
+/// A file (close-on-exec, read-write unless it is only to be read) that owns `this`. EMFILE, ENFILE or ENOMEM without a descriptor or memory for it.
 pub fn anon_file<T: FileOperations>(this: Arc<T>) -> Result<NewFile> {
     let number = FileDescriptorReservation::get_unused_fd_flags(bindings::O_CLOEXEC)?;
     let raw = Arc::into_raw(this);
     // SAFETY: the name and the table are static; the table's `private_data` is what its invariant asks for.
     let file = from_err_ptr(unsafe {
-        own::anon_inode_getfile(
+        own::anon_inode_getfile_fmode(
             T::NAME.as_char_ptr(),
             &FileTable::<T>::FILE,
             raw.cast_mut().cast(),
-            bindings::O_RDWR as c_int,
+            if T::READABLE { bindings::O_RDONLY } else { bindings::O_RDWR } as c_int,
+            if T::READABLE { own::krab_fmode_pread } else { 0 },
         )
     });
     match file {

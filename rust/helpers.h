@@ -19,7 +19,17 @@
 #include "cpu.h"
 
 /* fd.rs */
-struct file *anon_inode_getfile(const char *name, const struct file_operations *fops, void *priv, int flags);
+struct file *anon_inode_getfile_fmode(const char *name, const struct file_operations *fops, void *priv, int flags,
+				      fmode_t f_mode);
+static const fmode_t krab_fmode_pread = FMODE_PREAD;
+
+/* debugfs.c */
+struct krab_debugfs_vm;
+void krab_debugfs_init(const char *name, const char *const *names, unsigned int count,
+		       u64 (*read)(const void *object, unsigned int index));
+void krab_debugfs_exit(void);
+struct krab_debugfs_vm *krab_debugfs_add_vm(int fd, const char *const *names, unsigned int count, const void *object);
+void krab_debugfs_remove_vm(struct krab_debugfs_vm *vm);
 
 /* user.rs */
 void krab_pagefault_disable(void);

@@ -5,6 +5,7 @@
 mod bindings;
 pub(crate) mod code;
 pub(crate) mod cpu;
+pub(crate) mod debugfs;
 pub(crate) mod error;
 pub(crate) mod eventfd;
 pub(crate) mod fd;

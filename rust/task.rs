@@ -17,6 +17,12 @@ pub(super) fn current() -> *mut bindings::task_struct {
     task
 }
 
+/// The current task's id in the initial namespace: `gettid()`.
+pub fn id() -> i32 {
+    // SAFETY: the current task is valid, and its id does not change.
+    unsafe { (*current()).pid }
+}
+
 /// The flags of the current task's thread; others may set bits at any time.
 #[inline(always)]
 fn thread_flags() -> usize {

@@ -48,3 +48,11 @@ step() {
 }
 
 kernel_version() { cat "$cache/kernel/version"; }
+
+# Of the running system: Debian's name for it, and the mirror, out of apt's own view of its sources.
+codename() { (. /etc/os-release && echo "$VERSION_CODENAME"); }
+mirror() {
+	# shellcheck disable=SC2016  # apt expands these, not the shell
+	apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(CREATED_BY) $(REPO_URI)' |
+		awk -v r="$(codename)" '$1 == r && $2 == "main" && $3 == "Packages" { print $4; exit }'
+}

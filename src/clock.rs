@@ -182,9 +182,6 @@ impl<V: Vendor> State<V> {
         let Some(at) = self.clock.steal_time else { return };
         let waited = task::run_delay_ns();
         let more = waited.wrapping_sub(self.clock.stolen_ns);
-        if more == 0 {
-            return;
-        }
         let view = vm.memory.view(true);
         let mut record = KvmStealTime::new_zeroed();
         if view.read(at, record.as_mut_bytes()).is_err() {

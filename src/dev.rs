@@ -141,7 +141,12 @@ impl<V: Vendor> DeviceOperations for System<V> {
             KVM_GET_API_VERSION if arg == 0 => Ok(KVM_API_VERSION as isize),
             KVM_GET_VCPU_MMAP_SIZE if arg == 0 => Ok(VCPU_MMAP_BYTES),
             KVM_GET_API_VERSION | KVM_GET_VCPU_MMAP_SIZE => Err(EINVAL),
-            KVM_CREATE_VM if arg == 0 => Ok(fd::anon_fd(Vm::new(self.0.clone())?)? as isize),
+            KVM_CREATE_VM if arg == 0 => {
+                let vm = Vm::new(self.0.clone())?;
+                let file = fd::anon_file(vm.clone())?;
+                vm.show(file.number());
+                Ok(file.install() as isize)
+            }
             KVM_CREATE_VM => Err(EINVAL),
             KVM_CHECK_EXTENSION => Ok(self.0.check_extension(arg)),
             KVM_GET_SUPPORTED_CPUID => {

@@ -5,6 +5,7 @@
 use kernel::prelude::*;
 
 use crate::{
+    abi::stats::VcpuStat,
     arch::{
         cr::dr,
         segment::{DescriptorTable, Segment, SegmentName},
@@ -13,7 +14,7 @@ use crate::{
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer},
-    guest::{event::vector, exit::NestedFault, Exception},
+    guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
     mmu::{guest_mem::GuestMem, walk},
@@ -121,6 +122,20 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
         self.state.hw.tr()
     }
 
+    fn set_tss(&mut self, value: &Segment) {
+        let regs = SystemRegs { tr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
+    }
+
+    fn ldt(&self) -> Segment {
+        self.state.hw.system_regs().ldtr
+    }
+
+    fn set_ldt(&mut self, value: &Segment) {
+        let regs = SystemRegs { ldtr: *value, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
+    }
+
     fn table(&self, which: Table) -> DescriptorTable {
         match which {
             Table::Gdt => self.state.hw.gdtr(),
@@ -204,6 +219,7 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
             Access::Write => walk::Access::WRITE,
             Access::Execute => walk::Access::EXECUTE,
             Access::SystemRead => walk::Access::SYSTEM_READ,
+            Access::SystemWrite => walk::Access::SYSTEM_WRITE,
         };
         let context = self.state.walk_context(self.fpu.pkru());
         match walk::walk(self.view(), &context, at, access) {
@@ -262,7 +278,7 @@ impl<V: Vendor> Vcpu<V> {
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
-            return Ok(Some(self.emulation_failure(core)));
+            return Ok(self.emulation_failure(core));
         }
         let state = &mut core.state;
         let (mut code, mut len) = ([0; 16], 0);
@@ -287,6 +303,7 @@ impl<V: Vendor> Vcpu<V> {
             let untranslated = found.is_some_and(|found| found.unique);
             let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, untranslated, lost: false };
             let step = emulator.step(&mut emulated, code);
+            self.peer.stats.count(VcpuStat::InsnEmulation);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
@@ -332,13 +349,13 @@ impl<V: Vendor> Vcpu<V> {
                         return Ok(Some(ToUser::Port { input: false, size_bytes: size, port, count }));
                     }
                 }
-                Step::Fault(_) if lost => return Ok(Some(self.emulation_failure(core))),
+                Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
                 Step::Fault(exception) => {
                     state.regs.rflags |= crate::arch::cr::rflags::RF;
                     state.events.raise(exception);
                     true
                 }
-                Step::Unsupported => return Ok(Some(self.emulation_failure(core))),
+                Step::Unsupported => return Ok(self.emulation_failure(core)),
             };
             if done {
                 return Ok(None);
@@ -346,10 +363,17 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    fn emulation_failure(&self, core: &mut Core<V>) -> ToUser {
+    /// An instruction that cannot be emulated. The guest's user code gets #UD, so that it cannot end the guest, unless userspace
+    /// wants to see every such instruction.
+    fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
+        self.peer.stats.count(VcpuStat::InsnEmulationFail);
         core.emulator.reset();
         let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());
-        ToUser::Emulation { bytes, len: len as u8 }
+        let always = self.vm.enabled.exit_on_emulation_failure();
+        if !always {
+            core.state.events.raise(Exception::UD);
+        }
+        (always || core.state.hw.cpl() == 0).then_some(ToUser::Emulation { bytes, len: len as u8 })
     }
 
     /// INS from a device in the kernel, which fills the data page. `false`: userspace has the port.
@@ -395,7 +419,11 @@ impl<V: Vendor> State<V> {
     /// A read from a device in the kernel. `None`: userspace has it.
     fn device_read(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8) -> Option<u64> {
         match (self.lapic_offset(gpa), &mut self.lapic) {
-            (Some(offset), Some(lapic)) => Some(lapic.mmio_read(offset, len, timer::now_ns())),
+            (Some(offset), Some(lapic)) => {
+                let value = lapic.mmio_read(offset, len, timer::now_ns());
+                self.lapic_accessed(vm, offset, false);
+                Some(value)
+            }
             _ => vm.irq.mmio_read(gpa, len),
         }
     }
@@ -406,6 +434,7 @@ impl<V: Vendor> State<V> {
             (Some(offset), Some(lapic)) => {
                 let work = lapic.mmio_write(offset, len, value, write_time(offset));
                 self.lapic_work(vm, work);
+                self.lapic_accessed(vm, offset, true);
                 true
             }
             _ => vm.irq.mmio_write(gpa, len, value),

@@ -5,8 +5,12 @@
 use kernel::prelude::*;
 
 use crate::{
-    abi::run::*,
+    abi::{
+        run::*,
+        vm::{KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS},
+    },
     arch::{
+        cpuid::leaf1_ecx,
         cr::{cr0, cr4, dr, efer, rflags},
         segment::{SegmentAttributes, SegmentName},
         Gpa, Gva,
@@ -21,7 +25,7 @@ use crate::{
     },
     memory::{Fault, View},
     mmu::{guest_mem::GuestMem, walk},
-    policy::cpuid_table::Dynamic,
+    policy::{cpuid_table::Dynamic, msr::filter::Access},
     vcpu::{Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
@@ -55,6 +59,13 @@ pub(crate) enum ToUser {
     Halt,
     Shutdown,
     InterruptWindow,
+    IoapicEoi {
+        vector: u8,
+    },
+    TprAccess {
+        rip: u64,
+        write: bool,
+    },
     FailEntry {
         reason: u64,
     },
@@ -65,6 +76,13 @@ pub(crate) enum ToUser {
     },
     UnexpectedExit {
         reason: u64,
+    },
+    Msr {
+        read: bool,
+        /// One of `KVM_MSR_EXIT_REASON_*`.
+        reason: u32,
+        index: u32,
+        data: u64,
     },
 }
 
@@ -86,6 +104,14 @@ impl ToUser {
             Self::Halt => KVM_EXIT_HLT,
             Self::Shutdown => KVM_EXIT_SHUTDOWN,
             Self::InterruptWindow => KVM_EXIT_IRQ_WINDOW_OPEN,
+            Self::IoapicEoi { vector } => {
+                run.write(EXIT_UNION, &ExitIoapicEoi { vector });
+                KVM_EXIT_IOAPIC_EOI
+            }
+            Self::TprAccess { rip, write } => {
+                run.write(EXIT_UNION, &ExitTprAccess { rip, is_write: write.into(), pad: 0 });
+                KVM_EXIT_TPR_ACCESS
+            }
             Self::FailEntry { reason } => {
                 let fail = ExitFailEntry {
                     hardware_entry_failure_reason: reason,
@@ -112,6 +138,14 @@ impl ToUser {
                 let error = ExitInternalError { suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, ndata: 1, data };
                 run.write(EXIT_UNION, &error);
                 KVM_EXIT_INTERNAL_ERROR
+            }
+            Self::Msr { read, reason, index, data } => {
+                run.write(EXIT_UNION, &ExitMsr { error: 0, pad: [0; 7], reason, index, data });
+                if read {
+                    KVM_EXIT_X86_RDMSR
+                } else {
+                    KVM_EXIT_X86_WRMSR
+                }
             }
         };
         run.store(EXIT_REASON, reason);
@@ -247,8 +281,8 @@ impl<V: Vendor> State<V> {
     pub(crate) fn handle_fast(&mut self, vm: &Vm<V>, exit: &Exit, xcr0: u64) -> Handled {
         let done = match exit {
             Exit::NestedFault(fault) => return self.nested_fault_fast(vm, fault),
-            Exit::Rdmsr => self.handle_rdmsr(vm, None, false),
-            Exit::Wrmsr => self.handle_wrmsr(vm, None, false),
+            Exit::Rdmsr => self.handle_rdmsr(vm),
+            Exit::Wrmsr => self.handle_wrmsr(vm),
             Exit::Port(access) => return self.port_fast(vm, access),
             Exit::Cpuid => self.handle_cpuid(vm, xcr0, false),
             Exit::Hlt => {
@@ -288,6 +322,7 @@ impl<V: Vendor> State<V> {
                     }
                 }
             }
+            Exit::Exception(Exception { vector: vector::UD, .. }) => return Handled::Slow,
             Exit::Exception(exception) => {
                 self.handle_exception(*exception);
                 Ok(())
@@ -295,6 +330,11 @@ impl<V: Vendor> State<V> {
             Exit::Rdpmc => {
                 self.events.raise(Exception::GP0);
                 Ok(())
+            }
+            Exit::Monitor | Exit::Mwait if self.has_mwait(vm) => {
+                // Nothing is awaited: the guest goes on at once.
+                let what = if *exit == Exit::Monitor { Intercepted::Monitor } else { Intercepted::Mwait };
+                self.skip(vm, what, false)
             }
             Exit::Monitor | Exit::Mwait | Exit::UndefinedInstruction => {
                 self.events.raise(Exception::UD);
@@ -329,9 +369,21 @@ impl<V: Vendor> State<V> {
         self.events.raise(exception);
     }
 
+    /// What CPUID says beside its table.
+    pub(crate) fn cpuid_dynamic(&self, vm: &Vm<V>, xcr0: u64) -> Dynamic {
+        let follows = !vm.enabled.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT);
+        Dynamic {
+            cr4: self.hw.cr4(),
+            apic_enabled: self.apic_base() & 1 << 11 != 0,
+            xcr0,
+            xss: 0,
+            mwait: follows.then(|| self.msrs.mwait()),
+        }
+    }
+
     pub(crate) fn handle_cpuid(&mut self, vm: &Vm<V>, xcr0: u64, may_sleep: bool) -> Result<(), NotNow> {
         self.skip(vm, Intercepted::Cpuid, may_sleep)?;
-        let dynamic = Dynamic { cr4: self.hw.cr4(), apic_enabled: self.apic_base() & 1 << 11 != 0, xcr0, xss: 0 };
+        let dynamic = self.cpuid_dynamic(vm, xcr0);
         let [eax, ebx, ecx, edx] =
             self.cpuid.query(self.gpr(Gpr::Rax) as u32, self.gpr(Gpr::Rcx) as u32, &dynamic).map(u64::from);
         self.set_gpr(Gpr::Rax, eax);
@@ -341,16 +393,13 @@ impl<V: Vendor> State<V> {
         Ok(())
     }
 
-    /// KVM's hypercalls: none is offered in CPUID, so each is answered with "no such call".
-    pub(crate) fn handle_hypercall(&mut self, vm: &Vm<V>, may_sleep: bool) -> Result<(), NotNow> {
-        /// `KVM_ENOSYS` and `EPERM` of `linux/kvm_para.h`.
-        const ENOSYS: i64 = -1000;
-        const EPERM: i64 = -1;
-        self.skip(vm, Intercepted::Hypercall, may_sleep)?;
-        let result = if self.hw.cpl() == 0 { ENOSYS } else { EPERM } as u64;
-        let long = self.mode() == Mode::Long64;
-        self.set_gpr(Gpr::Rax, if long { result } else { result & 0xFFFF_FFFF });
-        Ok(())
+    /// Whether MONITOR and MWAIT do nothing instead of raising #UD.
+    fn has_mwait(&self, vm: &Vm<V>) -> bool {
+        vm.enabled.has_quirk(KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
+            || match vm.enabled.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT) {
+                true => self.cpuid.leaf(1, 0)[2] & leaf1_ecx::MONITOR != 0,
+                false => self.msrs.mwait(),
+            }
     }
 
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
@@ -479,12 +528,20 @@ impl<V: Vendor> Vcpu<V> {
                 state.mp_state = MpState::Halted;
                 skipped
             }
-            Exit::Rdmsr => state.handle_rdmsr(vm, Some(&core.fpu), true),
-            Exit::Wrmsr => state.handle_wrmsr(vm, Some(&mut core.fpu), true),
+            Exit::Rdmsr | Exit::Wrmsr => {
+                let access = if *exit == Exit::Rdmsr { Access::Read } else { Access::Write };
+                return Ok(core.handle_msr_slow(vm, access).unwrap_or(None));
+            }
             Exit::Hypercall => state.handle_hypercall(vm, true),
             Exit::Invd => state.skip(vm, Intercepted::Invd, true),
             Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),
+            Exit::Monitor => state.skip(vm, Intercepted::Monitor, true),
+            Exit::Mwait => state.skip(vm, Intercepted::Mwait, true),
+            Exit::Exception(_) => {
+                state.handle_undefined(vm);
+                Ok(())
+            }
             Exit::Xsetbv => self.handle_xsetbv(core),
             Exit::Shutdown => {
                 // What the CPU leaves of the guest's state is undefined on AMD: it becomes that after INIT.

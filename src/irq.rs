@@ -5,6 +5,11 @@
 //! lock; eventfds are signalled after it, because an eventfd may lead back here.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{
+    AtomicU32,
+    Ordering::{Acquire, Release},
+};
+
 use kernel::{
     prelude::*,
     sync::{Arc, SetOnce},
@@ -30,14 +35,12 @@ use crate::{
         pic::{Pic, PicWork},
         pit::Pit,
         routing::{self, Msi, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
-        Eoi, LineSource, LineStatus, Message,
+        Bits256, Eoi, LineSource, LineStatus, Message,
     },
     new_irq_spinlock,
     vcpu::Peers,
 };
 
-const DEVICE: Origin = Origin::Device { ff_is_everybody: true };
-const RULES: RouteRules = RouteRules { split_irqchip: false, wide_ids: false };
 /// Most ioeventfds of a VM: they are searched one by one, and one eventfd serves any number of them. Many more than a machine with a
 /// hundred devices of many queues has.
 const MAX_IOEVENTS: usize = 4096;
@@ -58,9 +61,12 @@ struct Irqchip {
 }
 
 /// The routing table.
+#[derive(Default)]
 struct Routes {
     routes: KVVec<Route>,
     starts: KVVec<u16>,
+    /// Vectors of the level-triggered pins of an I/O APIC in userspace, which wants to know of their end.
+    user_levels: Bits256,
 }
 
 /// A resample eventfd: told when the interrupt of its GSI is acknowledged.
@@ -91,6 +97,22 @@ pub(crate) struct Controllers {
     chips: IrqSpinLock<Chips>,
     routes: SrcuCell<Routes>,
     resamplers: SrcuCell<KVVec<Resampler>>,
+    /// Of [`mode`].
+    mode: AtomicU32,
+}
+
+/// What userspace chose for the VM, before there are vCPUs.
+mod mode {
+    /// KVM_CREATE_IRQCHIP or KVM_CAP_SPLIT_IRQCHIP: local APICs are in the kernel.
+    pub(super) const CREATED: u32 = 1 << 0;
+    /// KVM_CAP_SPLIT_IRQCHIP.
+    pub(super) const SPLIT: u32 = 1 << 1;
+    /// KVM_X2APIC_API_USE_32BIT_IDS.
+    pub(super) const WIDE_IDS: u32 = 1 << 2;
+    /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+    pub(super) const FF_IS_ONE_CPU: u32 = 1 << 3;
+    /// Routes of the first GSIs, this many, are pins of userspace's I/O APIC.
+    pub(super) const RESERVED_PINS_SHIFT: u32 = 16;
 }
 
 /// Work that waits until the lock is free.
@@ -105,7 +127,7 @@ struct Later {
 
 impl Controllers {
     fn new(peers: Arc<Peers>) -> Result<Arc<Self>> {
-        let routes = SrcuCell::new(Routes { routes: KVVec::new(), starts: KVVec::new() })?;
+        let routes = SrcuCell::new(Routes::default())?;
         let resamplers = SrcuCell::new(KVVec::new())?;
         Ok(Arc::pin_init(
             pin_init!(Self {
@@ -113,6 +135,7 @@ impl Controllers {
                 chips <- new_irq_spinlock!(Chips::default(), "krab::chips"),
                 routes,
                 resamplers,
+                mode: 0.into(),
             }),
             GFP_KERNEL_ACCOUNT,
         )?)
@@ -128,8 +151,12 @@ impl Controllers {
         }
     }
 
+    fn has(&self, mode: u32) -> bool {
+        self.mode.load(Acquire) & mode != 0
+    }
+
     fn deliver(&self, message: &Message) -> Option<usize> {
-        self.peers.deliver(message, DEVICE)
+        self.peers.deliver(message, Origin::Device { ff_is_everybody: !self.has(mode::FF_IS_ONE_CPU) })
     }
 
     /// Drives a GSI. The sum over its routes as KVM_IRQ_LINE_STATUS has it: negative when nothing was delivered, 0 when
@@ -140,7 +167,7 @@ impl Controllers {
         for route in routing::lookup(&routes.routes, &routes.starts, gsi) {
             let status = match route.target {
                 Target::Msi(_) if !level => continue,
-                Target::Msi(msi) => match self.deliver(&msi.message(RULES.wide_ids)) {
+                Target::Msi(msi) => match self.deliver(&msi.message(self.has(mode::WIDE_IDS))) {
                     None => LineStatus::Ignored.kvm(),
                     Some(count) => count as i32,
                 },
@@ -345,13 +372,9 @@ pub(crate) struct Irq {
     storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
     irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
-    /// KVM_CREATE_IRQCHIP happened.
-    created: core::sync::atomic::AtomicBool,
     /// KVM_PIT_SPEAKER_DUMMY: port 61h is here too.
     speaker: core::sync::atomic::AtomicBool,
 }
-
-use core::sync::atomic::Ordering::{Acquire, Release};
 
 impl Irq {
     pub(crate) fn new(peers: Arc<Peers>) -> impl PinInit<Self, Error> {
@@ -362,27 +385,56 @@ impl Irq {
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
             irqfds <- kernel::new_mutex!(KVec::new()),
-            created: false.into(),
             speaker: false.into(),
         }? Error)
     }
 
     /// Whether the interrupt controllers are in the kernel.
     pub(crate) fn exists(&self) -> bool {
-        self.created.load(Acquire)
+        self.controllers.has(mode::CREATED)
+    }
+
+    /// Whether the 8259A and the I/O APIC are in the kernel, too.
+    pub(crate) fn has_pic(&self) -> bool {
+        self.controllers.mode.load(Acquire) & (mode::CREATED | mode::SPLIT) == mode::CREATED
+    }
+
+    /// How messages and routes are read.
+    pub(crate) fn rules(&self) -> RouteRules {
+        RouteRules { split_irqchip: self.controllers.has(mode::SPLIT), wide_ids: self.controllers.has(mode::WIDE_IDS) }
+    }
+
+    /// KVM_CAP_SPLIT_IRQCHIP: only the local APICs are in the kernel. The caller has seen that there is no vCPU yet.
+    pub(crate) fn split(&self, reserved_pins: u16) -> Result {
+        if self.exists() {
+            return Err(EEXIST);
+        }
+        let pins = u32::from(reserved_pins) << mode::RESERVED_PINS_SHIFT;
+        self.controllers.mode.fetch_or(mode::CREATED | mode::SPLIT | pins, Release);
+        Ok(())
+    }
+
+    /// KVM_CAP_X2APIC_API.
+    pub(crate) fn set_x2apic_api(&self, wide_ids: bool, ff_is_one_cpu: bool) {
+        let bits = u32::from(wide_ids) * mode::WIDE_IDS | u32::from(ff_is_one_cpu) * mode::FF_IS_ONE_CPU;
+        self.controllers.mode.fetch_or(bits, Release);
     }
 
     fn need(&self, error: Error) -> Result {
         self.exists().then_some(()).ok_or(error)
     }
 
-    /// A local APIC ended an interrupt.
-    pub(crate) fn eoi(&self, eoi: Eoi) {
+    /// A local APIC ended an interrupt. Whether userspace is to know, because its I/O APIC sent it.
+    pub(crate) fn eoi(&self, eoi: Eoi) -> bool {
+        if self.controllers.has(mode::SPLIT) {
+            return eoi.broadcast && self.controllers.routes.read().user_levels.test(eoi.vector);
+        }
         if self.controllers.eoi(eoi) {
             if let Some(timer) = self.storm_timer.as_ref() {
                 timer.arm(timer::now_ns().saturating_add(STORM_PAUSE_NS));
             }
         }
+        false
     }
 
     pub(crate) fn pic_output(&self) -> bool {
@@ -397,7 +449,7 @@ impl Irq {
     #[inline]
     pub(crate) fn port_in(&self, port: u16, size_bytes: u8) -> Option<u32> {
         match port {
-            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.exists() => {}
+            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.has_pic() => {}
             _ => return None,
         }
         let now = timer::now_ns();
@@ -421,7 +473,7 @@ impl Irq {
     #[inline]
     pub(crate) fn port_out(&self, port: u16, size_bytes: u8, value: u32) -> bool {
         match port {
-            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.exists() => {}
+            0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.has_pic() => {}
             _ => return self.ioevent(true, port.into(), size_bytes.into(), value.into()),
         }
         let now = timer::now_ns();
@@ -537,7 +589,7 @@ impl Irq {
         let storm_timer = KBox::pin_init(Timer::new(StormTimer(self.controllers.clone())), GFP_KERNEL_ACCOUNT)?;
         self.storm_timer.populate(storm_timer);
         self.controllers.chips.lock().irqchip = Some(irqchip);
-        self.created.store(true, Release);
+        self.controllers.mode.fetch_or(mode::CREATED, Release);
         Ok(())
     }
 
@@ -547,7 +599,7 @@ impl Irq {
         if config.flags & !SPEAKER_DUMMY != 0 {
             return Err(EINVAL);
         }
-        self.need(ENOENT)?;
+        self.has_pic().then_some(()).ok_or(ENOENT)?;
         let pit = KBox::new(Pit::new(), GFP_KERNEL_ACCOUNT)?;
         let timer = KBox::pin_init(Timer::new(PitTimer(self.controllers.clone())), GFP_KERNEL_ACCOUNT)?;
         let mut chips = self.controllers.chips.lock();
@@ -625,8 +677,9 @@ impl Irq {
             return Err(EINVAL);
         }
         let msi = Msi { address_lo: msi.address_lo, address_hi: msi.address_hi, data: msi.data };
-        msi.check(RULES.wide_ids).map_err(|_| EINVAL)?;
-        match self.controllers.deliver(&msi.message(RULES.wide_ids)) {
+        let wide_ids = self.rules().wide_ids;
+        msi.check(wide_ids).map_err(|_| EINVAL)?;
+        match self.controllers.deliver(&msi.message(wide_ids)) {
             None => Err(EPERM),
             Some(count) => Ok(count as isize),
         }
@@ -642,8 +695,9 @@ impl Irq {
         let at = at.wrapping_add(size_of::<KvmIrqRouting>() as u64);
         let raw: KVVec<KvmIrqRoutingEntry> = user::read_vec(at, head.nr as usize, MAX_ROUTES)?;
         let mut routes = KVVec::with_capacity(raw.len(), GFP_KERNEL_ACCOUNT)?;
+        let rules = self.rules();
         for raw in raw.iter() {
-            routes.push(Route::from_raw(raw, RULES).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
+            routes.push(Route::from_raw(raw, rules).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(routes)
     }
@@ -653,7 +707,9 @@ impl Irq {
         let mut starts = KVVec::new();
         starts.resize(routing::starts_len(&routes), 0u16, GFP_KERNEL_ACCOUNT)?;
         routing::build(&mut routes, &mut starts).map_err(|_| EINVAL)?;
-        self.controllers.routes.replace(Routes { routes, starts })
+        let mode = self.controllers.mode.load(Acquire);
+        let user_levels = routing::level_vectors(&routes, mode >> mode::RESERVED_PINS_SHIFT, self.rules().wide_ids);
+        self.controllers.routes.replace(Routes { routes, starts, user_levels })
     }
 
     /// KVM_IRQFD.

@@ -26,19 +26,23 @@ mod policy;
 mod clock;
 mod dev;
 mod emulation;
+mod enable_cap;
 mod exits;
+mod hypercall;
 mod irq;
 mod memory;
 mod msrs;
 mod run;
+mod stats;
 mod svm;
+mod to_user;
 mod vcpu;
 mod vcpu_ioctl;
 mod vendor;
 mod vm;
 
 use dev::{Host, System};
-use glue::fd::CharDevice;
+use glue::{debugfs, fd::CharDevice};
 use svm::Svm;
 
 module! {
@@ -53,13 +57,15 @@ module! {
 struct Krab {
     #[pin]
     device: CharDevice<System<Svm>>,
+    _debugfs: debugfs::Root<vcpu::Peers>,
 }
 
 impl kernel::InPlaceModule for Krab {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(|| {
             let system = System(Host::new(Svm::probe()?)?);
-            Ok(try_pin_init!(Self { device <- CharDevice::register(system) }? Error))
+            let root = debugfs::Root::new(c"krab");
+            Ok(try_pin_init!(Self { _debugfs: root, device <- CharDevice::register(system) }? Error))
         })
     }
 }

@@ -4,7 +4,7 @@
 //! Nothing is pinned: pages come from the address space when the guest touches them, and its MMU notifier takes them back.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::AtomicU64;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use kernel::{
     new_mutex, new_spinlock,
@@ -13,7 +13,7 @@ use kernel::{
 };
 
 use crate::{
-    abi::vm::{KvmDirtyLog, KvmUserspaceMemoryRegion},
+    abi::vm::{KvmClearDirtyLog, KvmDirtyLog, KvmUserspaceMemoryRegion},
     arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
     glue::{
         guest_mem::{AddressSpace, Invalidate, Want},
@@ -86,6 +86,10 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     #[pin]
     update: Mutex<()>,
     root: Hpa,
+    /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not write-protect, KVM_CLEAR_DIRTY_LOG does.
+    manual_protect: AtomicBool,
+    /// A new log begins with every page dirty.
+    initially_dirty: AtomicBool,
 }
 
 impl<F: Format + 'static> Mapped<F> {
@@ -171,6 +175,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 })),
                 update <- new_mutex!(()),
                 root,
+                manual_protect: false.into(),
+                initially_dirty: false.into(),
             }? Error))
         })
     }
@@ -209,20 +215,20 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         let (gone, changed) = match change {
             Change::Nothing => return Ok(()),
             Change::Create { to } => {
-                let log = new_log(&request)?;
+                let log = self.new_log(&request)?;
                 new.insert_within_capacity(to, slots::slot_of(&request, log)).map_err(|_| ENOMEM)?;
                 (None, None)
             }
             Change::Delete { from } => (Some(new.remove(from).map_err(|_| EINVAL)?), None),
             Change::Move { from, to } => {
                 let old = new.remove(from).map_err(|_| EINVAL)?;
-                let log = new_log(&request)?;
+                let log = self.new_log(&request)?;
                 new.insert_within_capacity(to, slots::slot_of(&request, log)).map_err(|_| ENOMEM)?;
                 (Some(old), None)
             }
             Change::FlagsOnly { from } => {
                 let slot = new.get_mut(from).ok_or(EINVAL)?;
-                *slot = slots::slot_of(&request, new_log(&request)?);
+                *slot = slots::slot_of(&request, self.new_log(&request)?);
                 (None, Some(slot.clone()))
             }
         };
@@ -231,7 +237,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         if let Some(slot) = gone {
             self.space.unmap(slot.base, slot.pages);
         }
-        if let Some(slot) = changed.filter(Slot::logs_dirty) {
+        // With all pages dirty from the start it is KVM_CLEAR_DIRTY_LOG that protects them.
+        if let Some(slot) = changed.filter(|slot| slot.logs_dirty() && !self.initially_dirty.load(Relaxed)) {
             // In parts, so that faults of other slots get in between.
             let mut flush = false;
             let mut done = 0;
@@ -253,10 +260,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     pub(crate) fn get_dirty_log(&self, request: &KvmDirtyLog) -> Result {
         let _update = self.update.lock();
         let slots = self.space.slots.read();
-        let id = u16::try_from(request.slot).map_err(|_| EINVAL)?;
-        let slot = slots::find_id(&slots, id).and_then(|at| slots.get(at)).ok_or(ENOENT)?;
-        let words = slot.attachment.as_ref().ok_or(ENOENT)?;
+        let (slot, words) = logged(&slots, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
+        let manual = self.manual_protect.load(Relaxed);
         let mut flush = false;
         let mut out = [0u64; 64];
         let mut first = 0;
@@ -266,9 +272,13 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             let mut nested = self.space.nested.lock();
             let Nested { table, pages } = &mut *nested;
             let chunk = out.get_mut(..count).ok_or(EINVAL)?;
-            log.take(first as u64, chunk, |page, mask| {
-                flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
-            });
+            if manual {
+                log.copy(first as u64, chunk);
+            } else {
+                log.take(first as u64, chunk, |page, mask| {
+                    flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
+                });
+            }
             drop(nested);
             written = user::write(Hva(request.dirty_bitmap).wrapping_add((first as u64).wrapping_mul(8)), &*chunk);
             first = first.wrapping_add(count);
@@ -277,6 +287,57 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             self.space.peers.flush_tlbs();
         }
         written
+    }
+
+    /// KVM_CLEAR_DIRTY_LOG: clears the bits that userspace's bitmap has, and catches the next write to each of their pages.
+    pub(crate) fn clear_dirty_log(&self, request: &KvmClearDirtyLog) -> Result {
+        let _update = self.update.lock();
+        let slots = self.space.slots.read();
+        let (slot, words) = logged(&slots, request.slot)?;
+        let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
+        let count = dirty::check_clear(slot.pages, request.first_page, request.num_pages).map_err(|_| EINVAL)?;
+        let mut flush = false;
+        let mut bits = [0u64; 64];
+        let mut done = 0;
+        let mut read = Ok(());
+        while done < count && read.is_ok() {
+            let chunk = bits.get_mut(..(count - done).min(64) as usize).ok_or(EINVAL)?;
+            read = user::read_bytes(Hva(request.dirty_bitmap).wrapping_add(done.wrapping_mul(8)), chunk.as_mut_bytes());
+            if read.is_ok() {
+                let mut nested = self.space.nested.lock();
+                let Nested { table, pages } = &mut *nested;
+                log.clear(request.first_page.wrapping_add(done.wrapping_mul(64)), chunk, |page, mask| {
+                    flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
+                });
+            }
+            done = done.wrapping_add(64);
+        }
+        if flush {
+            self.space.peers.flush_tlbs();
+        }
+        read
+    }
+
+    /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
+    pub(crate) fn set_manual_protect(&self, enable: bool, initially_dirty: bool) {
+        self.manual_protect.store(enable, Relaxed);
+        self.initially_dirty.store(initially_dirty, Relaxed);
+    }
+
+    fn new_log(&self, request: &slots::Request) -> Result<DirtyLog> {
+        if request.flags & flags::LOG_DIRTY_PAGES == 0 {
+            return Ok(None);
+        }
+        let count = request.memory_size >> 12;
+        let words = dirty::words_for(count) as usize;
+        let mut log = KVVec::with_capacity(words, GFP_KERNEL_ACCOUNT)?;
+        for _ in 0..words {
+            log.push(AtomicU64::new(0), GFP_KERNEL_ACCOUNT)?;
+        }
+        if self.initially_dirty.load(Relaxed) {
+            dirty::DirtyBitmap::new(&log, count).ok_or(EINVAL)?.mark_all();
+        }
+        Ok(Some(Arc::new(log, GFP_KERNEL_ACCOUNT)?))
     }
 
     /// Maps what a nested fault asked for. With `may_sleep` off it works with interrupts off, and may answer [`Fault::Sleep`].
@@ -364,16 +425,12 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     }
 }
 
-fn new_log(request: &slots::Request) -> Result<DirtyLog> {
-    if request.flags & flags::LOG_DIRTY_PAGES == 0 {
-        return Ok(None);
-    }
-    let words = dirty::words_for(request.memory_size >> 12) as usize;
-    let mut log = KVVec::with_capacity(words, GFP_KERNEL_ACCOUNT)?;
-    for _ in 0..words {
-        log.push(AtomicU64::new(0), GFP_KERNEL_ACCOUNT)?;
-    }
-    Ok(Some(Arc::new(log, GFP_KERNEL_ACCOUNT)?))
+/// A slot and its log. `ENOENT` where there is none.
+fn logged(slots: &Slots, number: u32) -> Result<(&Slot, &KVVec<AtomicU64>)> {
+    let id = u16::try_from(number).map_err(|_| EINVAL)?;
+    let slot = slots::find_id(slots, id).and_then(|at| slots.get(at)).ok_or(ENOENT)?;
+    let words = slot.attachment.as_ref().ok_or(ENOENT)?;
+    Ok((slot, words))
 }
 
 fn mark_dirty(slot: &Slot, gfn: Gfn) {

@@ -2,17 +2,24 @@
 //! MSR accesses of the guest and of userspace: the policy decides, this file moves values to and from where they live.
 #![forbid(unsafe_code)]
 
-use kernel::prelude::*;
+use kernel::{prelude::*, sync::Arc};
 
 use crate::{
-    arch::{cr::cr0, msr},
+    abi::vm::{
+        KvmMsrFilter, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
+        KVM_MSR_FILTER_DEFAULT_DENY, KVM_MSR_FILTER_MAX_BITMAP_SIZE, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE,
+    },
+    arch::{cr::cr0, msr, Hva},
     emul::Intercepted,
     emulation::write_time,
-    exits::NotNow,
-    glue::{cpu, fpu::GuestFpu, timer},
+    exits::{NotNow, ToUser},
+    glue::{cpu, fpu::GuestFpu, kick::KickPoint, timer, user},
     guest::{Exception, Gpr},
-    policy::msr::{By, Context, Effect, Read, Register, Write},
-    vcpu::State,
+    policy::msr::{
+        filter::{self, Access},
+        By, Context, Effect, Read, Register, Write,
+    },
+    vcpu::{request, Core, Pending, State},
     vendor::{HardwareMsr, Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -58,6 +65,8 @@ impl<V: Vendor> State<V> {
             by,
             efer: self.hw.efer(),
             paging: self.hw.cr0() & cr0::PG != 0,
+            pv_features: self.pv_features,
+            platform_info: vm.enabled.platform_info(),
         };
         f(&mut self.msrs, &context)
     }
@@ -162,31 +171,173 @@ impl<V: Vendor> State<V> {
         (self.gpr(Gpr::Rcx) as u32, self.gpr(Gpr::Rdx) << 32 | self.gpr(Gpr::Rax) & 0xFFFF_FFFF)
     }
 
-    /// RDMSR. In the inner ring without `fpu`, which is loaded there.
-    pub(crate) fn handle_rdmsr(&mut self, vm: &Vm<V>, fpu: Option<&GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
+    fn rdmsr(&mut self, vm: &Vm<V>, fpu: Option<&GuestFpu>, may_sleep: bool) -> Result<(), Stopped> {
         let (index, _) = self.msr_operands();
-        match self.read_msr(vm, fpu, index, By::Guest) {
-            Ok(value) => {
-                self.skip(vm, Intercepted::Rdmsr, may_sleep)?;
-                self.set_gpr(Gpr::Rax, value & 0xFFFF_FFFF);
-                self.set_gpr(Gpr::Rdx, value >> 32);
-            }
-            Err(Refused::Gp) => self.events.raise(Exception::GP0),
-            Err(Refused::Busy) => return Err(NotNow),
-        }
+        let value = self.read_msr(vm, fpu, index, By::Guest)?;
+        self.skip(vm, Intercepted::Rdmsr, may_sleep)?;
+        self.set_msr_result(value);
         Ok(())
     }
 
-    /// WRMSR, as above.
-    pub(crate) fn handle_wrmsr(&mut self, vm: &Vm<V>, fpu: Option<&mut GuestFpu>, may_sleep: bool) -> Result<(), NotNow> {
+    fn wrmsr(&mut self, vm: &Vm<V>, fpu: Option<&mut GuestFpu>, may_sleep: bool) -> Result<(), Stopped> {
         let (index, value) = self.msr_operands();
         // The length first: what the write does must not happen twice.
         let next = self.next_instruction(vm, Intercepted::Wrmsr, may_sleep)?;
-        match self.write_msr(vm, fpu, index, value, By::Guest) {
-            Ok(()) => self.completed(next),
-            Err(Refused::Gp) => self.events.raise(Exception::GP0),
-            Err(Refused::Busy) => return Err(NotNow),
+        self.write_msr(vm, fpu, index, value, By::Guest)?;
+        self.completed(next);
+        Ok(())
+    }
+
+    /// RDMSR's result: EDX:EAX.
+    pub(crate) fn set_msr_result(&mut self, value: u64) {
+        self.set_gpr(Gpr::Rax, value & 0xFFFF_FFFF);
+        self.set_gpr(Gpr::Rdx, value >> 32);
+    }
+
+    /// RDMSR and WRMSR in the inner ring. Whatever userspace may have a word in is for process context.
+    fn quickly(&mut self, vm: &Vm<V>, access: impl FnOnce(&mut Self) -> Result<(), Stopped>) -> Result<(), NotNow> {
+        if self.msr_filter.is_some() {
+            return Err(NotNow);
         }
+        match access(self) {
+            Ok(()) => Ok(()),
+            Err(Stopped::Gp) if vm.enabled.user_space_msr() == 0 => {
+                self.events.raise(Exception::GP0);
+                Ok(())
+            }
+            Err(_) => Err(NotNow),
+        }
+    }
+
+    pub(crate) fn handle_rdmsr(&mut self, vm: &Vm<V>) -> Result<(), NotNow> {
+        self.quickly(vm, |state| state.rdmsr(vm, None, false))
+    }
+
+    pub(crate) fn handle_wrmsr(&mut self, vm: &Vm<V>) -> Result<(), NotNow> {
+        self.quickly(vm, |state| state.wrmsr(vm, None, false))
+    }
+
+    /// Which paravirtual features the guest may use follows from its CPUID and from KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
+    pub(crate) fn update_pv_features(&mut self) {
+        self.pv_features = if self.enforce_pv { self.cpuid.leaf(PV_FEATURES_LEAF, 0)[0] } else { u32::MAX };
+    }
+
+    /// Takes the VM's MSR filter.
+    pub(crate) fn update_msr_filter(&mut self, vm: &Vm<V>) {
+        self.msr_filter = vm.msr_filter.lock().clone();
+        self.hw.want_all_msrs(self.msr_filter.is_some());
+    }
+
+    fn filter_allows(&self, index: u32, access: Access) -> bool {
+        self.msr_filter.as_ref().is_none_or(|filter| filter.allows(index, access))
+    }
+}
+
+impl<V: Vendor> Core<V> {
+    /// RDMSR and WRMSR in process context. `Some`: userspace carries it out.
+    pub(crate) fn handle_msr_slow(&mut self, vm: &Vm<V>, access: Access) -> Result<Option<ToUser>, NotNow> {
+        let (state, fpu) = (&mut self.state, &mut self.fpu);
+        let (index, value) = state.msr_operands();
+        let reason = if !state.filter_allows(index, access) {
+            KVM_MSR_EXIT_REASON_FILTER
+        } else {
+            let done = match access {
+                Access::Read => state.rdmsr(vm, Some(fpu), true),
+                Access::Write => state.wrmsr(vm, Some(fpu), true),
+            };
+            match done {
+                Ok(()) => return Ok(None),
+                Err(Stopped::Again) => return Err(NotNow),
+                Err(Stopped::Gp) => match state.policy(vm, By::Guest, |msrs, context| msrs.knows(context, index)) {
+                    true => KVM_MSR_EXIT_REASON_INVAL,
+                    false => KVM_MSR_EXIT_REASON_UNKNOWN,
+                },
+            }
+        };
+        if vm.enabled.user_space_msr() & reason == 0 {
+            state.events.raise(Exception::GP0);
+            return Ok(None);
+        }
+        let read = access == Access::Read;
+        let what = if read { Intercepted::Rdmsr } else { Intercepted::Wrmsr };
+        let next_rip = state.next_instruction(vm, what, true)?;
+        self.pending = Pending::Msr { read, rip: state.regs.rip, next_rip };
+        Ok(Some(ToUser::Msr { read, reason, index, data: if read { 0 } else { value } }))
+    }
+}
+
+/// CPUID leaf of the paravirtual features.
+const PV_FEATURES_LEAF: u32 = 0x4000_0001;
+
+/// Why RDMSR or WRMSR did not complete.
+enum Stopped {
+    Gp,
+    /// It needs process context, or the instruction is not there any more.
+    Again,
+}
+
+impl From<Refused> for Stopped {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Gp => Self::Gp,
+            Refused::Busy => Self::Again,
+        }
+    }
+}
+
+impl From<NotNow> for Stopped {
+    fn from(_: NotNow) -> Self {
+        Self::Again
+    }
+}
+
+/// KVM_X86_SET_MSR_FILTER's argument, copied.
+pub(crate) struct MsrFilter {
+    default_allow: bool,
+    ranges: KVec<filter::Range<KVec<u8>>>,
+}
+
+impl MsrFilter {
+    /// `EINVAL` for flags that do not exist, bitmaps that are too long, and a filter that denies everything.
+    fn new(request: &KvmMsrFilter) -> Result<Self> {
+        let default_allow = request.flags & KVM_MSR_FILTER_DEFAULT_DENY == 0;
+        let given = request.ranges.iter().filter(|range| range.nmsrs != 0);
+        if request.flags & !KVM_MSR_FILTER_DEFAULT_DENY != 0 || !default_allow && given.clone().next().is_none() {
+            return Err(EINVAL);
+        }
+        let mut ranges = KVec::new();
+        for range in given {
+            let bytes = (range.nmsrs as usize).div_ceil(64).saturating_mul(8);
+            let known = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE;
+            if range.flags & !known != 0 || range.flags == 0 || bytes > KVM_MSR_FILTER_MAX_BITMAP_SIZE {
+                return Err(EINVAL);
+            }
+            let mut bitmap = KVec::new();
+            bitmap.resize(bytes, 0, GFP_KERNEL_ACCOUNT)?;
+            user::read_bytes(Hva(range.bitmap), &mut bitmap)?;
+            let range = filter::Range {
+                reads: range.flags & KVM_MSR_FILTER_READ != 0,
+                writes: range.flags & KVM_MSR_FILTER_WRITE != 0,
+                base: range.base,
+                count: range.nmsrs,
+                bitmap,
+            };
+            ranges.push(range, GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(Self { default_allow, ranges })
+    }
+
+    fn allows(&self, index: u32, access: Access) -> bool {
+        filter::allowed(&self.ranges, self.default_allow, index, access)
+    }
+}
+
+impl<V: Vendor> Vm<V> {
+    /// KVM_X86_SET_MSR_FILTER. When it returns, no vCPU runs guest code under the old filter.
+    pub(crate) fn set_msr_filter(&self, request: &KvmMsrFilter) -> Result {
+        let filter = Arc::new(MsrFilter::new(request)?, GFP_KERNEL_ACCOUNT)?;
+        *self.msr_filter.lock() = Some(filter);
+        KickPoint::post_and_wait(self.peers.iter().map(|peer| &peer.kick), request::MSR_FILTER);
         Ok(())
     }
 }

@@ -13,10 +13,12 @@ use crate::{
     abi::{
         ioctl::KVM_RUN,
         pvclock::TscScale,
+        stats::VmStat,
         vcpu::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
             KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
         },
+        vm::KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
     },
     arch::{
         cr::rflags,
@@ -41,8 +43,11 @@ use crate::{
         lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
         Message,
     },
+    msrs::MsrFilter,
     new_killable_mutex,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
+    stats::{VcpuStats, VmStats},
+    to_user::LocalApicUser,
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -53,6 +58,12 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
+    /// Something waits for userspace.
+    pub(crate) const TO_USER: u64 = 1 << 2;
+    /// The VM has another MSR filter.
+    pub(crate) const MSR_FILTER: u64 = 1 << 3;
+    /// Another CPU of the guest wakes this one, without an interrupt.
+    pub(crate) const UNHALT: u64 = 1 << 4;
 }
 
 /// What other threads see of a vCPU.
@@ -61,6 +72,7 @@ pub(crate) struct Peer {
     pub(crate) id: u32,
     pub(crate) inbox: Inbox,
     pub(crate) kick: KickPoint,
+    pub(crate) stats: VcpuStats,
 }
 
 /// All vCPUs of a VM, in the order they were made. They stay until the VM goes.
@@ -68,6 +80,7 @@ pub(crate) struct Peers {
     peers: KVVec<SetOnce<Arc<Peer>>>,
     cards: KVVec<CardCell>,
     count: AtomicUsize,
+    pub(crate) stats: VmStats,
 }
 
 impl Peers {
@@ -78,7 +91,7 @@ impl Peers {
             peers.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0) }, GFP_KERNEL_ACCOUNT)?)
+        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new() }, GFP_KERNEL_ACCOUNT)?)
     }
 
     /// The index that a new vCPU will have. The caller keeps others from adding one until it is [added](Self::add). `EEXIST` when the
@@ -88,7 +101,11 @@ impl Peers {
             return Err(EEXIST);
         }
         let index = self.count.load(Ordering::Relaxed);
-        if index < self.peers.len() { Ok(index) } else { Err(EINVAL) }
+        if index < self.peers.len() {
+            Ok(index)
+        } else {
+            Err(EINVAL)
+        }
     }
 
     /// Adds a vCPU, which others find from now on.
@@ -118,7 +135,9 @@ impl Peers {
 
     /// Makes every vCPU forget its translations, and waits until none runs guest code with old ones.
     pub(crate) fn flush_tlbs(&self) {
+        self.stats.count(VmStat::RemoteTlbFlushRequests);
         KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::FLUSH_TLB);
+        self.stats.count(VmStat::RemoteTlbFlush);
     }
 
     /// Delivers an interrupt message. Returns how many vCPUs took it, or `None` when it was for nobody; vCPUs where it was pending
@@ -137,6 +156,18 @@ impl Peers {
             }
         });
         (matched > 0).then_some(new)
+    }
+
+    /// Delivers an interrupt message to the vCPU number `index`. Whether it took it and had none like it pending.
+    pub(crate) fn deliver_to(&self, index: usize, message: &Message) -> bool {
+        let accepts = self.cards.get(index).is_some_and(|card| card.card().accepts(message.delivery));
+        match self.get(index) {
+            Some(peer) if accepts && peer.inbox.post(message) == Posted::New => {
+                peer.kick.kick();
+                true
+            }
+            _ => false,
+        }
     }
 }
 
@@ -202,6 +233,12 @@ pub(crate) enum Pending {
     },
     /// The emulator has more to do.
     Emulation,
+    /// RDMSR or WRMSR at `rip`, which userspace carries out.
+    Msr {
+        read: bool,
+        rip: u64,
+        next_rip: u64,
+    },
 }
 
 /// Everything of a vCPU but the extended state: what the run loop works on.
@@ -213,7 +250,15 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
     pub(crate) caps: GuestCaps,
     pub(crate) msrs: KBox<MsrState>,
+    /// Accesses that userspace denies.
+    pub(crate) msr_filter: Option<Arc<MsrFilter>>,
+    /// The guest may use only those paravirtual features that its CPUID shows.
+    pub(crate) enforce_pv: bool,
+    /// Paravirtual features that the guest may use.
+    pub(crate) pv_features: u32,
     pub(crate) mp_state: MpState,
+    /// The next halt ends at once: the hypercall KICK_CPU came.
+    pub(crate) unhalted: bool,
     /// From KVM_INTERRUPT, without a local APIC.
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
@@ -237,6 +282,9 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
     pub(crate) user_apic_base: u64,
+    pub(crate) apic_user: LocalApicUser,
+    /// The 8259A is in userspace: it says when there is an interrupt of it.
+    pub(crate) user_pic: bool,
 }
 
 /// What the vCPU's thread works on.
@@ -274,23 +322,29 @@ impl<V: Vendor> Vcpu<V> {
     /// A vCPU in its reset state. The caller keeps others from making one until it has added it to the VM's.
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
         let index = vm.peers.place_for(id)?;
-        let peer = Arc::new(Peer { id, inbox: Inbox::new(), kick: KickPoint::new() }, GFP_KERNEL_ACCOUNT)?;
+        let peer = Arc::new(
+            Peer { id, inbox: Inbox::new(), kick: KickPoint::new(), stats: VcpuStats::new() },
+            GFP_KERNEL_ACCOUNT,
+        )?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
+        let boots = id == vm.enabled.boot_cpu();
         let lapic = match vm.has_irqchip() {
-            true => Some(KBox::new(Lapic::new(id, id == 0, Default::default()), GFP_KERNEL_ACCOUNT)?),
+            true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
-        let mp_state = if lapic.is_some() && id != 0 { MpState::Uninitialized } else { MpState::Runnable };
-        let msrs = KBox::new(MsrState::new(&vm.host.msr_config), GFP_KERNEL_ACCOUNT)?;
+        let mp_state = if lapic.is_some() && !boots { MpState::Uninitialized } else { MpState::Runnable };
+        let stuffed = vm.enabled.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS);
+        let msrs = KBox::new(MsrState::new(&vm.host.msr_config, stuffed), GFP_KERNEL_ACCOUNT)?;
+        let msr_filter = vm.msr_filter.lock().clone();
         let emulator = KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?;
         let fpu = GuestFpu::new()?;
         let (run, data) = (SharedPage::new()?, SharedPage::new()?);
-        let mut state = State {
+        let mut state = State::<V> {
             hw,
             regs: Regs::default(),
             events: EventQueue::default(),
@@ -298,7 +352,11 @@ impl<V: Vendor> Vcpu<V> {
             cpuid,
             caps,
             msrs,
+            msr_filter,
+            enforce_pv: false,
+            pv_features: u32::MAX,
             mp_state,
+            unhalted: false,
             user_interrupt: None,
             pic_signal: false,
             cr8: 0,
@@ -311,9 +369,12 @@ impl<V: Vendor> Vcpu<V> {
             clock: VcpuClock::new(peer.clone()),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
-            user_apic_base: 0xFEE0_0800 | if id == 0 { 0x100 } else { 0 },
+            user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
+            apic_user: LocalApicUser::default(),
+            user_pic: !vm.irq.has_pic(),
         };
         state.regs = RESET_REGS;
+        state.hw.want_all_msrs(state.msr_filter.is_some());
         if let (Some(lapic), Some(card)) = (&state.lapic, vm.peers.card(index)) {
             card.publish(lapic.card());
         }
@@ -411,7 +472,9 @@ impl<V: Vendor> State<V> {
             vm.peers.deliver(&message, Origin::Cpu(self.index));
         }
         if let Some(eoi) = work.eoi {
-            vm.irq.eoi(eoi);
+            if vm.irq.eoi(eoi) {
+                self.interrupt_ended(vm, eoi.vector);
+            }
         }
         if work.timer_changed {
             self.arm_timer();

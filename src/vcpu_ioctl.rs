@@ -5,9 +5,10 @@
 use kernel::prelude::*;
 
 use crate::{
-    abi::{ioctl::*, vcpu::*, FromZeros, IntoBytes},
-    arch::{cr::dr, Gva, Hva},
+    abi::{ioctl::*, vcpu::*, vm::KvmEnableCap, FromZeros, IntoBytes},
+    arch::{cr::dr, Gpa, Gva, Hva},
     dev::each_msr,
+    enable_cap::Enabled,
     glue::{fpu, lock::lock_killable, timer, user},
     guest::{
         check::{self, Allowed},
@@ -15,8 +16,9 @@ use crate::{
         Regs, SystemRegs,
     },
     irqchip::lapic::STATE_BYTES,
-    mmu::walk,
+    mmu::{guest_mem::GuestMem, walk},
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
+    stats::StatsFile,
     vcpu::{request, Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
@@ -44,9 +46,7 @@ impl<V: Vendor> Vcpu<V> {
         match cmd {
             KVM_GET_REGS => give(at, &KvmRegs::from(&core.state.regs)),
             KVM_SET_REGS => with(at, |regs: KvmRegs| {
-                core.state.regs = Regs::from(&regs);
-                core.state.events.exception = None;
-                core.emulator.reset();
+                core.set_regs(&regs);
                 Ok(())
             }),
             KVM_GET_SREGS => give(at, &core.state.sregs()),
@@ -111,13 +111,19 @@ impl<V: Vendor> Vcpu<V> {
             KVM_SET_CPUID2 => with(at, |head: KvmCpuid2| core.set_cpuid(self, at, &head)),
             KVM_GET_CPUID2 => {
                 let mut head: KvmCpuid2 = user::read(at)?;
-                let entries = core.state.cpuid.entries();
+                let dynamic = core.state.cpuid_dynamic(vm, core.fpu.xcr0());
+                let table = &core.state.cpuid;
+                let entries = table.entries();
                 if (head.nent as usize) < entries.len() {
                     return Err(E2BIG);
                 }
                 head.nent = entries.len() as u32;
                 user::write(at, &head)?;
-                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), entries)?;
+                let mut copy = KVVec::with_capacity(entries.len(), GFP_KERNEL)?;
+                for entry in entries {
+                    copy.push(table.current(entry, &dynamic), GFP_KERNEL)?;
+                }
+                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), &copy[..])?;
                 Ok(0)
             }
             KVM_GET_MP_STATE => {
@@ -134,7 +140,7 @@ impl<V: Vendor> Vcpu<V> {
             KVM_GET_LAPIC => {
                 core.state.drain_inbox(vm, &self.peer);
                 let lapic = core.state.lapic.as_ref().ok_or(EINVAL)?;
-                user::write_bytes(at, &lapic.save(timer::now_ns(), false))?;
+                user::write_bytes(at, &lapic.save(timer::now_ns(), vm.irq.rules().wide_ids))?;
                 Ok(0)
             }
             KVM_SET_LAPIC => {
@@ -142,14 +148,14 @@ impl<V: Vendor> Vcpu<V> {
                 user::read_bytes(at, &mut state)?;
                 core.state.drain_inbox(vm, &self.peer);
                 let lapic = core.state.lapic.as_mut().ok_or(EINVAL)?;
-                let work = lapic.restore(&state, timer::now_ns(), false).map_err(|_| EINVAL)?;
+                let work = lapic.restore(&state, timer::now_ns(), vm.irq.rules().wide_ids).map_err(|_| EINVAL)?;
                 core.state.lapic_work(vm, work);
                 core.state.arm_timer();
                 Ok(0)
             }
             KVM_INTERRUPT => with(at, |interrupt: KvmInterrupt| {
                 let vector = u8::try_from(interrupt.irq).map_err(|_| EINVAL)?;
-                if core.state.lapic.is_some() {
+                if !core.state.user_pic {
                     return Err(ENXIO);
                 }
                 if core.state.user_interrupt.is_some() {
@@ -164,9 +170,9 @@ impl<V: Vendor> Vcpu<V> {
             }
             KVM_GET_VCPU_EVENTS => {
                 core.state.drain_inbox(vm, &self.peer);
-                give(at, &core.state.vcpu_events())
+                give(at, &core.state.vcpu_events(&vm.enabled))
             }
-            KVM_SET_VCPU_EVENTS => with(at, |events: KvmVcpuEvents| core.set_vcpu_events(&events)),
+            KVM_SET_VCPU_EVENTS => with(at, |events: KvmVcpuEvents| core.set_vcpu_events(&vm.enabled, &events)),
             KVM_GET_DEBUGREGS => {
                 let mut regs = KvmDebugregs::new_zeroed();
                 regs.db = core.fpu.breakpoints;
@@ -183,6 +189,26 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.hw.set_dr6(regs.dr6 & dr::DR6_WRITABLE | dr::DR6_INIT);
                 core.state.hw.set_dr7(regs.dr7 & dr::DR7_WRITABLE | dr::DR7_INIT);
                 Ok(())
+            }),
+            KVM_GET_STATS_FD => StatsFile::open(vm.peers.clone(), Some(self.peer.clone())),
+            KVM_ENABLE_CAP => with(at, |cap: KvmEnableCap| core.enable_cap(&cap)),
+            KVM_SET_VAPIC_ADDR => with(at, |KvmVapicAddr { vapic_addr }: KvmVapicAddr| {
+                if core.state.lapic.is_none() {
+                    return Err(EINVAL);
+                }
+                let word = (vapic_addr != 0).then_some(Gpa(vapic_addr));
+                if let Some(word) = word {
+                    vm.memory.view(true).read_u32(word).map_err(|_| EINVAL)?;
+                }
+                core.state.apic_user.shared_word = word;
+                Ok(())
+            }),
+            KVM_TPR_ACCESS_REPORTING => with(at, |control: KvmTprAccessCtl| {
+                if control.flags != 0 {
+                    return Err(EINVAL);
+                }
+                core.state.apic_user.report_task_priority = control.enabled != 0;
+                user::write(at, &control)
             }),
             KVM_X86_SETUP_MCE => with(at, |cap: u64| core.state.msrs.setup_mce(cap).map_err(|_| EINVAL)),
             KVM_SET_SIGNAL_MASK => {
@@ -212,13 +238,13 @@ impl<V: Vendor> Vcpu<V> {
 }
 
 impl<V: Vendor> State<V> {
-    fn sregs(&self) -> KvmSregs {
+    pub(crate) fn sregs(&self) -> KvmSregs {
         let mut regs = self.hw.system_regs();
         regs.cr8 = self.current_cr8().into();
         let mut sregs = KvmSregs::new(&regs, self.apic_base());
         let queued = match self.events.unfinished {
             Some(Event::Interrupt(vector)) => Some(vector),
-            _ => self.user_interrupt,
+            _ => self.user_interrupt.filter(|_| self.lapic.is_none()),
         };
         if let Some(vector) = queued {
             sregs.interrupt_bitmap[usize::from(vector >> 6)] |= 1 << (vector & 63);
@@ -226,24 +252,29 @@ impl<V: Vendor> State<V> {
         sregs
     }
 
-    fn vcpu_events(&self) -> KvmVcpuEvents {
+    pub(crate) fn vcpu_events(&self, enabled: &Enabled) -> KvmVcpuEvents {
         let mut events = KvmVcpuEvents::new_zeroed();
         let unfinished_exception = match self.events.unfinished {
             Some(Event::Exception(exception)) => Some(exception),
             _ => None,
         };
         if let Some(exception) = unfinished_exception.or(self.events.exception) {
+            let pending = enabled.exception_payload() && unfinished_exception.is_none();
             events.exception = KvmEventException {
-                injected: 1,
+                injected: u8::from(!pending),
                 nr: exception.vector,
                 has_error_code: u8::from(exception.error_code.is_some()),
-                pending: 0,
+                pending: u8::from(pending),
                 error_code: exception.error_code.unwrap_or(0),
             };
+            if pending {
+                events.exception_has_payload = u8::from(exception.payload.is_some());
+                events.exception_payload = exception.payload.unwrap_or(0);
+            }
         }
         let interrupt = match self.events.unfinished {
             Some(Event::Interrupt(vector)) => Some(vector),
-            _ => self.user_interrupt,
+            _ => self.user_interrupt.filter(|_| self.lapic.is_none()),
         };
         events.interrupt = KvmEventInterrupt {
             injected: u8::from(interrupt.is_some()),
@@ -258,12 +289,29 @@ impl<V: Vendor> State<V> {
             pad: 0,
         };
         events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+        if enabled.exception_payload() {
+            events.flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
+        }
+        if enabled.triple_fault_event() {
+            events.triple_fault_pending = u8::from(self.events.triple_fault);
+            events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        }
         events
     }
 }
 
 impl<V: Vendor> Core<V> {
-    fn set_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
+    pub(crate) fn set_regs(&mut self, regs: &KvmRegs) {
+        let same_place = self.state.regs.rip == regs.rip;
+        self.state.regs = Regs::from(regs);
+        self.state.events.exception = None;
+        // An instruction that waits for userspace goes on with the new registers, unless the guest is somewhere else now.
+        if !same_place {
+            self.emulator.reset();
+        }
+    }
+
+    pub(crate) fn set_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
         let state = &mut self.state;
         let regs = SystemRegs::from(sregs);
         let allowed = Allowed {
@@ -347,7 +395,8 @@ impl<V: Vendor> Core<V> {
         let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
         let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
         if self.ran {
-            return self.state.cpuid.same_as(&entries).then_some(()).ok_or(EINVAL);
+            let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
+            return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);
         }
         let table = CpuidTable::new(entries).map_err(|_| EINVAL)?;
         let caps = GuestCaps::derive(|function, index| table.leaf(function, index)).within(&vcpu.vm.host.caps);
@@ -361,19 +410,41 @@ impl<V: Vendor> Core<V> {
         }
         self.state.cpuid = KBox::new(table, GFP_KERNEL_ACCOUNT)?;
         self.state.caps = caps;
+        self.state.update_pv_features();
         Ok(())
     }
 
-    fn set_vcpu_events(&mut self, events: &KvmVcpuEvents) -> Result {
-        const KNOWN: u32 =
-            KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW;
+    pub(crate) fn set_vcpu_events(&mut self, enabled: &Enabled, events: &KvmVcpuEvents) -> Result {
+        const KNOWN: u32 = KVM_VCPUEVENT_VALID_NMI_PENDING
+            | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+            | KVM_VCPUEVENT_VALID_SHADOW
+            | KVM_VCPUEVENT_VALID_SMM
+            | KVM_VCPUEVENT_VALID_PAYLOAD
+            | KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        let has = |flag| events.flags & flag != 0;
         let exception = &events.exception;
-        if events.flags & !KNOWN != 0 || exception.injected != 0 && (exception.nr > 31 || exception.nr == vector::NMI) {
+        let pending = has(KVM_VCPUEVENT_VALID_PAYLOAD) && exception.pending != 0;
+        let injected = exception.injected != 0 && !pending;
+        let smi = &events.smi;
+        let bad = events.flags & !KNOWN != 0
+            || has(KVM_VCPUEVENT_VALID_PAYLOAD) && !enabled.exception_payload()
+            || has(KVM_VCPUEVENT_VALID_TRIPLE_FAULT) && !enabled.triple_fault_event()
+            || (injected || pending) && (exception.nr > 31 || exception.nr == vector::NMI)
+            // There is no system management mode to be in.
+            || has(KVM_VCPUEVENT_VALID_SMM) && (smi.smm | smi.pending | smi.smm_inside_nmi) != 0;
+        if bad {
             return Err(EINVAL);
         }
         let state = &mut self.state;
-        state.events.exception = None;
-        state.events.unfinished = if exception.injected != 0 {
+        state.events.exception = pending.then(|| Exception {
+            vector: exception.nr,
+            error_code: (exception.has_error_code != 0).then_some(exception.error_code),
+            payload: (events.exception_has_payload != 0).then_some(events.exception_payload),
+        });
+        if has(KVM_VCPUEVENT_VALID_TRIPLE_FAULT) {
+            state.events.triple_fault = events.triple_fault_pending != 0;
+        }
+        state.events.unfinished = if injected {
             Some(Event::Exception(Exception {
                 vector: exception.nr,
                 error_code: (exception.has_error_code != 0).then_some(exception.error_code),
@@ -386,6 +457,10 @@ impl<V: Vendor> Core<V> {
         } else {
             None
         };
+        if state.lapic.is_none() {
+            // The same interrupt is in KVM_SET_SREGS: it must not come twice.
+            state.user_interrupt = None;
+        }
         if events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
             state.events.nmis = events.nmi.pending.min(2);
         }

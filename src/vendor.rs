@@ -22,6 +22,9 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// How its nested tables look.
     type NestedFormat: Format + Send + Sync + 'static;
 
+    /// Its hypercall instruction: VMCALL, or VMMCALL.
+    const HYPERCALL: [u8; 3];
+
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
 
@@ -82,6 +85,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_nmi_window(&mut self, wanted: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
+    fn want_all_msrs(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

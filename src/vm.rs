@@ -8,7 +8,7 @@
 use kernel::{
     new_mutex,
     prelude::*,
-    sync::{Arc, ArcBorrow, Mutex},
+    sync::{Arc, ArcBorrow, Mutex, SetOnce},
 };
 
 use crate::{
@@ -16,20 +16,24 @@ use crate::{
         ioctl::*,
         irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2},
         vm::{
-            KvmClockData, KvmDirtyLog, KvmUserspaceMemoryRegion, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
-            KVM_CLOCK_TSC_STABLE,
+            KvmClearDirtyLog, KvmClockData, KvmDirtyLog, KvmEnableCap, KvmMsrFilter, KvmUserspaceMemoryRegion,
+            KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
         },
         FromZeros,
     },
     arch::Hva,
     clock::VmClock,
     dev::{Host, InUse, MAX_VCPUS},
+    enable_cap::Enabled,
     glue::{
+        debugfs::Folder,
         fd::{self, FileOperations},
         timer, user,
     },
     irq::Irq,
     memory::Memory,
+    msrs::MsrFilter,
+    stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
     vendor::Vendor,
 };
@@ -43,10 +47,16 @@ pub(crate) struct Vm<V: Vendor> {
     pub(crate) irq: Irq,
     /// Held while something is made that others must not make at the same time.
     #[pin]
-    setup: Mutex<()>,
+    pub(crate) setup: Mutex<()>,
     pub(crate) peers: Arc<Peers>,
     #[pin]
     pub(crate) clock: VmClock,
+    pub(crate) enabled: Enabled,
+    /// Its place in debugfs.
+    folder: SetOnce<Folder<Peers>>,
+    /// What KVM_X86_SET_MSR_FILTER set. A vCPU has its own reference; [`request::MSR_FILTER`] makes it take this one.
+    #[pin]
+    pub(crate) msr_filter: Mutex<Option<Arc<MsrFilter>>>,
     /// Last: the extension is needed until everything else is gone.
     pub(crate) host: InUse<V>,
 }
@@ -64,13 +74,21 @@ impl<V: Vendor> Vm<V> {
                 setup <- new_mutex!(()),
                 peers,
                 clock <- VmClock::new(),
+                enabled: Enabled::new(),
+                folder: SetOnce::new(),
+                msr_filter <- new_mutex!(None),
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
         )?)
     }
 
-    /// Whether interrupt controllers are in the kernel.
+    /// Shows the VM in debugfs under the descriptor it got.
+    pub(crate) fn show(&self, fd: i32) {
+        self.folder.populate(Folder::new(fd, self.peers.clone()));
+    }
+
+    /// Whether local APICs are in the kernel.
     pub(crate) fn has_irqchip(&self) -> bool {
         self.irq.exists()
     }
@@ -116,6 +134,9 @@ impl<V: Vendor> FileOperations for Vm<V> {
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
                 let _setup = this.setup.lock();
+                if !this.enabled.takes_id(arg) {
+                    return Err(EINVAL);
+                }
                 let vcpu = Vcpu::new(this.into(), id)?;
                 let peer = vcpu.peer.clone();
                 // Nothing fails once the vCPU is there: what is refused leaves its id free.
@@ -127,8 +148,33 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion>(at)?)?;
                 Ok(0)
             }
+            // There is no guest_memfd: its flag is EINVAL, and so the rest of the structure means nothing.
+            KVM_SET_USER_MEMORY_REGION2 => {
+                this.memory.set_region(&user::read::<KvmUserspaceMemoryRegion2>(at)?.into())?;
+                Ok(0)
+            }
+            KVM_ENABLE_CAP => {
+                this.enable_cap(&user::read::<KvmEnableCap>(at)?)?;
+                Ok(0)
+            }
+            KVM_SET_BOOT_CPU_ID => {
+                this.set_boot_cpu(arg)?;
+                Ok(0)
+            }
+            KVM_X86_SET_MSR_FILTER => {
+                this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
+                Ok(0)
+            }
+            KVM_GET_STATS_FD => StatsFile::open(this.peers.clone(), None),
+            // Tables are not limited: with nested paging KVM does not shrink them either.
+            KVM_SET_NR_MMU_PAGES if arg < 64 => Err(EINVAL),
+            KVM_SET_NR_MMU_PAGES => Ok(0),
             KVM_GET_DIRTY_LOG => {
                 this.memory.get_dirty_log(&user::read::<KvmDirtyLog>(at)?)?;
+                Ok(0)
+            }
+            KVM_CLEAR_DIRTY_LOG => {
+                this.memory.clear_dirty_log(&user::read::<KvmClearDirtyLog>(at)?)?;
                 Ok(0)
             }
             // Only VMX without unrestricted guest needs this memory.

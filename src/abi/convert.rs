@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::vcpu::{KvmDtable, KvmRegs, KvmSegment, KvmSregs};
+use super::vm::{KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2};
 use crate::{
     arch::{
         cr::rflags,
@@ -10,6 +11,14 @@ use crate::{
     },
     guest::{Gpr, Regs, SystemRegs},
 };
+
+/// Without guest_memfd the first 32 bytes are all there is.
+impl From<KvmUserspaceMemoryRegion2> for KvmUserspaceMemoryRegion {
+    fn from(region: KvmUserspaceMemoryRegion2) -> Self {
+        let KvmUserspaceMemoryRegion2 { slot, flags, guest_phys_addr, memory_size, userspace_addr, .. } = region;
+        Self { slot, flags, guest_phys_addr, memory_size, userspace_addr }
+    }
+}
 
 impl From<&Regs> for KvmRegs {
     fn from(regs: &Regs) -> Self {

@@ -118,12 +118,12 @@ ioctls! {
 
     KVM_CREATE_VCPU = io(0x41), 0xAE41, V, Supported;
     KVM_GET_DIRTY_LOG = iow::<KvmDirtyLog>(0x42), 0x4010_AE42, V, Supported;
-    KVM_SET_NR_MMU_PAGES = io(0x44), 0xAE44, V, Refused, "no limit on page table pages";
+    KVM_SET_NR_MMU_PAGES = io(0x44), 0xAE44, V, Supported, "accepted and not used";
     KVM_GET_NR_MMU_PAGES = io(0x45), 0xAE45, V, Refused, "deprecated in KVM";
     KVM_SET_USER_MEMORY_REGION = iow::<KvmUserspaceMemoryRegion>(0x46), 0x4020_AE46, V, Supported;
     KVM_SET_TSS_ADDR = io(0x47), 0xAE47, V, Supported, "accepted and not used";
     KVM_SET_IDENTITY_MAP_ADDR = iow::<u64>(0x48), 0x4008_AE48, V, Supported, "accepted and not used";
-    KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Refused, "no guest_memfd";
+    KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Supported, "no guest_memfd";
     KVM_CREATE_IRQCHIP = io(0x60), 0xAE60, V, Supported;
     KVM_IRQ_LINE = iow::<KvmIrqLevel>(0x61), 0x4008_AE61, V, Supported;
     KVM_GET_IRQCHIP = iowr::<KvmIrqchip>(0x62), 0xC208_AE62, V, Supported;
@@ -138,7 +138,7 @@ ioctls! {
     KVM_REINJECT_CONTROL = io(0x71), 0xAE71, V, Refused;
     KVM_IRQFD = iow::<KvmIrqfd>(0x76), 0x4020_AE76, V, Supported;
     KVM_CREATE_PIT2 = iow::<KvmPitConfig>(0x77), 0x4040_AE77, V, Supported;
-    KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Refused;
+    KVM_SET_BOOT_CPU_ID = io(0x78), 0xAE78, V, Supported;
     KVM_IOEVENTFD = iow::<KvmIoeventfd>(0x79), 0x4040_AE79, V, Supported;
     KVM_XEN_HVM_CONFIG = number(WRITE, 0x7A, 56), 0x4038_AE7A, V, Refused;
     KVM_SET_CLOCK = iow::<KvmClockData>(0x7B), 0x4030_AE7B, V, Supported;
@@ -167,8 +167,8 @@ ioctls! {
     KVM_SET_LAPIC = iow::<KvmLapicState>(0x8F), 0x4400_AE8F, C, Supported;
     KVM_SET_CPUID2 = iow::<KvmCpuid2>(0x90), 0x4008_AE90, C, Supported;
     KVM_GET_CPUID2 = iowr::<KvmCpuid2>(0x91), 0xC008_AE91, C, Supported;
-    KVM_TPR_ACCESS_REPORTING = iowr::<KvmTprAccessCtl>(0x92), 0xC028_AE92, C, Refused;
-    KVM_SET_VAPIC_ADDR = iow::<KvmVapicAddr>(0x93), 0x4008_AE93, C, Refused;
+    KVM_TPR_ACCESS_REPORTING = iowr::<KvmTprAccessCtl>(0x92), 0xC028_AE92, C, Supported;
+    KVM_SET_VAPIC_ADDR = iow::<KvmVapicAddr>(0x93), 0x4008_AE93, C, Supported;
     KVM_GET_MP_STATE = ior::<KvmMpState>(0x98), 0x8004_AE98, C, Supported;
     KVM_SET_MP_STATE = iow::<KvmMpState>(0x99), 0x4004_AE99, C, Supported;
     KVM_NMI = io(0x9A), 0xAE9A, C, Supported;
@@ -180,7 +180,7 @@ ioctls! {
     KVM_SET_VCPU_EVENTS = iow::<KvmVcpuEvents>(0xA0), 0x4040_AEA0, C, Supported;
     KVM_GET_DEBUGREGS = ior::<KvmDebugregs>(0xA1), 0x8080_AEA1, C, Supported;
     KVM_SET_DEBUGREGS = iow::<KvmDebugregs>(0xA2), 0x4080_AEA2, C, Supported;
-    KVM_ENABLE_CAP = iow::<KvmEnableCap>(0xA3), 0x4068_AEA3, V.or(C), Refused;
+    KVM_ENABLE_CAP = iow::<KvmEnableCap>(0xA3), 0x4068_AEA3, V.or(C), Supported;
     KVM_GET_XSAVE = ior::<KvmXsave>(0xA4), 0x9000_AEA4, C, Supported;
     KVM_SET_XSAVE = iow::<KvmXsave>(0xA5), 0x5000_AEA5, C, Supported;
     KVM_GET_XCRS = ior::<KvmXcrs>(0xA6), 0x8188_AEA6, C, Supported;
@@ -196,9 +196,9 @@ ioctls! {
     KVM_HYPERV_EVENTFD = number(WRITE, 0xBD, 24), 0x4018_AEBD, V, Refused;
     KVM_GET_NESTED_STATE = number(READ | WRITE, 0xBE, 128), 0xC080_AEBE, C, Refused, "no nested virtualization";
     KVM_SET_NESTED_STATE = number(WRITE, 0xBF, 128), 0x4080_AEBF, C, Refused, "no nested virtualization";
-    KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Refused;
+    KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Supported;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
-    KVM_X86_SET_MSR_FILTER = number(WRITE, 0xC6, 392), 0x4188_AEC6, V, Refused;
+    KVM_X86_SET_MSR_FILTER = iow::<KvmMsrFilter>(0xC6), 0x4188_AEC6, V, Supported;
     KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;
     KVM_XEN_HVM_GET_ATTR = number(READ | WRITE, 0xC8, 72), 0xC048_AEC8, V, Refused;
     KVM_XEN_HVM_SET_ATTR = number(WRITE, 0xC9, 72), 0x4048_AEC9, V, Refused;
@@ -206,7 +206,7 @@ ioctls! {
     KVM_XEN_VCPU_SET_ATTR = number(WRITE, 0xCB, 72), 0x4048_AECB, C, Refused;
     KVM_GET_SREGS2 = ior::<KvmSregs2>(0xCC), 0x8140_AECC, C, Refused;
     KVM_SET_SREGS2 = iow::<KvmSregs2>(0xCD), 0x4140_AECD, C, Refused;
-    KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Refused;
+    KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Supported;
     KVM_GET_XSAVE2 = ior::<KvmXsave>(0xCF), 0x9000_AECF, C, Supported;
     KVM_XEN_HVM_EVTCHN_SEND = number(WRITE, 0xD0, 12), 0x400C_AED0, V, Refused;
     KVM_SET_MEMORY_ATTRIBUTES = iow::<KvmMemoryAttributes>(0xD2), 0x4020_AED2, V, Refused;

@@ -50,6 +50,7 @@ pub mod ioctl;
 pub mod irq;
 pub mod pvclock;
 pub mod run;
+pub mod stats;
 pub mod vcpu;
 pub mod vm;
 

@@ -5,6 +5,9 @@
 //! forms a reference into it. What an exit reports is one of the `Exit*` structures at [`EXIT_UNION`].
 #![forbid(unsafe_code)]
 
+use super::vcpu::{KvmRegs, KvmSregs};
+use core::mem::size_of;
+
 /// `u8`, in: wants KVM_EXIT_IRQ_WINDOW_OPEN (interrupt controller in userspace).
 pub const REQUEST_INTERRUPT_WINDOW: usize = 0;
 /// `u8`, in: KVM_RUN returns EINTR at once.
@@ -29,6 +32,9 @@ pub const KVM_VALID_REGS: usize = 288;
 pub const KVM_DIRTY_REGS: usize = 296;
 /// `kvm_regs`, `kvm_sregs` and `kvm_vcpu_events`, one after another.
 pub const SYNC_REGS: usize = 304;
+/// The second of them, and the third.
+pub const SYNC_SREGS: usize = SYNC_REGS + size_of::<KvmRegs>();
+pub const SYNC_EVENTS: usize = SYNC_SREGS + size_of::<KvmSregs>();
 /// Bytes in the structure.
 pub const SIZE: usize = 2352;
 
@@ -183,6 +189,7 @@ pub const KVM_RUN_X86_GUEST_MODE: u16 = 1 << 2;
 pub const KVM_SYNC_X86_REGS: u64 = 1 << 0;
 pub const KVM_SYNC_X86_SREGS: u64 = 1 << 1;
 pub const KVM_SYNC_X86_EVENTS: u64 = 1 << 2;
+pub const KVM_SYNC_X86_VALID_FIELDS: u64 = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
 
 pub const KVM_SYSTEM_EVENT_SHUTDOWN: u32 = 1;
 pub const KVM_SYSTEM_EVENT_RESET: u32 = 2;

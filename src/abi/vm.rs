@@ -117,6 +117,25 @@ layout! {
         16 reserved: [u64; 6],
     }
 
+    /// `struct kvm_msr_filter_range`: a part of KVM_X86_SET_MSR_FILTER.
+    struct KvmMsrFilterRange: 24 {
+        /// KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE.
+        0 flags: u32,
+        /// MSRs in the range; 0: no range.
+        4 nmsrs: u32,
+        8 base: u32,
+        12 pad: u32,
+        /// User address; one bit an MSR, rounded up to 64 bits; set: allowed.
+        16 bitmap: u64,
+    }
+
+    /// `struct kvm_msr_filter`: KVM_X86_SET_MSR_FILTER.
+    struct KvmMsrFilter: 392 {
+        0 flags: u32,
+        4 pad: u32,
+        8 ranges: [KvmMsrFilterRange; 16],
+    }
+
     /// `struct kvm_pre_fault_memory`: KVM_PRE_FAULT_MEMORY.
     struct KvmPreFaultMemory: 64 {
         0 gpa: u64,
@@ -133,6 +152,36 @@ pub const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
 /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_GET_DIRTY_LOG does not write-protect, KVM_CLEAR_DIRTY_LOG does.
 pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
 pub const KVM_DIRTY_LOG_INITIALLY_SET: u64 = 1 << 1;
+
+pub const KVM_MSR_FILTER_READ: u32 = 1 << 0;
+pub const KVM_MSR_FILTER_WRITE: u32 = 1 << 1;
+/// What no range says anything about is denied; otherwise it is allowed.
+pub const KVM_MSR_FILTER_DEFAULT_DENY: u32 = 1 << 0;
+/// Bytes that the bitmap of one range may have.
+pub const KVM_MSR_FILTER_MAX_BITMAP_SIZE: usize = 0x600;
+
+/// KVM_CAP_X86_USER_SPACE_MSR: which accesses that would raise #GP go to userspace.
+pub const KVM_MSR_EXIT_REASON_INVAL: u32 = 1 << 0;
+pub const KVM_MSR_EXIT_REASON_UNKNOWN: u32 = 1 << 1;
+pub const KVM_MSR_EXIT_REASON_FILTER: u32 = 1 << 2;
+pub const KVM_MSR_EXIT_REASON_VALID_MASK: u32 =
+    KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER;
+
+/// KVM_CAP_DISABLE_QUIRKS2: behaviour that is not the architecture's and that userspace may turn off.
+pub const KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT: u64 = 1 << 4;
+pub const KVM_X86_QUIRK_FIX_HYPERCALL_INSN: u64 = 1 << 5;
+pub const KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS: u64 = 1 << 6;
+pub const KVM_X86_QUIRK_STUFF_FEATURE_MSRS: u64 = 1 << 8;
+/// Those that exist here.
+pub const SUPPORTED_QUIRKS: u64 = KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
+    | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
+    | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+    | KVM_X86_QUIRK_STUFF_FEATURE_MSRS;
+/// KVM_CAP_X2APIC_API: APIC IDs in KVM_GET_LAPIC, in routes and in messages have 32 bits.
+pub const KVM_X2APIC_API_USE_32BIT_IDS: u32 = 1 << 0;
+/// A device's message to FFh goes to the CPU of that x2APIC ID, not to all.
+pub const KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK: u32 = 1 << 1;
+pub const KVM_X2APIC_API_VALID_FLAGS: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
 
 /// Do not use 1: old kernels returned it from KVM_CHECK_EXTENSION before there were flags.
 pub const KVM_CLOCK_TSC_STABLE: u32 = 1 << 1;

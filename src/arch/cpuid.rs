@@ -94,8 +94,8 @@ bits! {
     }
     /// KVM's leaf 4000_0001h, EAX. Linux "Documentation/virt/kvm/x86/cpuid.rst".
     kvm_eax {
-        CLOCKSOURCE = 0, NOP_IO_DELAY = 1, CLOCKSOURCE2 = 3, STEAL_TIME = 5, PV_EOI = 6, MSI_EXT_DEST_ID = 15,
-        CLOCKSOURCE_STABLE = 24,
+        CLOCKSOURCE = 0, NOP_IO_DELAY = 1, CLOCKSOURCE2 = 3, STEAL_TIME = 5, PV_EOI = 6, PV_UNHALT = 7,
+        PV_SEND_IPI = 11, PV_SCHED_YIELD = 13, MSI_EXT_DEST_ID = 15, CLOCKSOURCE_STABLE = 24,
     }
 }
 

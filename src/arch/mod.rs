@@ -13,6 +13,7 @@ pub mod msr;
 pub mod paging;
 pub mod segment;
 pub mod vmcb;
+pub mod vmcs;
 
 pub use addr::{Gfn, Gpa, Gva, Hpa, Hva};
 pub use paging::Level;

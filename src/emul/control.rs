@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Stack operations and branches. SDM Vol. 1 "Procedure Calls, Interrupts, and Exceptions", Vol. 3 "8086 Emulation".
 //!
-//! Far transfers and segment loads are emulated in real and virtual-8086 mode only, software interrupts and IRET in real mode only:
-//! protected mode needs descriptor checks that no user of the emulator asks for.
+//! Software interrupts and IRET are emulated in real mode only: in protected mode they need gates, which no user of the emulator
+//! asks for. Segments of protected mode are in `descriptor.rs`.
 #![forbid(unsafe_code)]
 
 use super::alu::{bits, condition, mask};
@@ -43,12 +43,12 @@ impl<C: Cpu> Exec<'_, C> {
             }
             Op::PopSeg => {
                 let name = self.segment_in_opcode().ok_or(UD)?;
-                if !self.mode.is_real() {
-                    return Err(Step::Unsupported);
-                }
                 let selector = self.peek(0, size)? as u16;
-                self.move_stack(size as i64);
-                self.load_segment(name, selector);
+                // The stack's width is that of the old SS.
+                let width = self.stack_size();
+                self.load_segment(name, selector)?;
+                let sp = self.cpu.gpr(4).wrapping_add(size.into());
+                self.set_reg(4, width, sp & mask(width));
                 Ok(())
             }
             Op::Pusha => {
@@ -108,12 +108,8 @@ impl<C: Cpu> Exec<'_, C> {
                 if name == SegmentName::Cs {
                     return Err(UD);
                 }
-                if !self.mode.is_real() {
-                    return Err(Step::Unsupported);
-                }
                 let selector = self.read_rm(2)? as u16;
-                self.load_segment(name, selector);
-                Ok(())
+                self.load_segment(name, selector)
             }
             Op::LoadFar => self.load_far_pointer(size),
             _ => Err(Step::Unsupported),
@@ -184,8 +180,17 @@ impl<C: Cpu> Exec<'_, C> {
         segment_name((self.ins.opcode >> 3) & if self.ins.map == Map::OneByte { 3 } else { 7 })
     }
 
+    /// Loads a segment register other than CS.
+    fn load_segment(&mut self, name: SegmentName, selector: u16) -> Flow<()> {
+        if self.mode.is_real() {
+            self.load_real_segment(name, selector);
+            return Ok(());
+        }
+        self.load_data_segment(name, selector)
+    }
+
     /// Loads a segment register in real or virtual-8086 mode: limit and attributes stay.
-    fn load_segment(&mut self, name: SegmentName, selector: u16) {
+    fn load_real_segment(&mut self, name: SegmentName, selector: u16) {
         let mut segment = self.cpu.segment(name);
         segment.selector = selector;
         segment.base = (selector as u64) << 4;
@@ -206,9 +211,6 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     fn load_far_pointer(&mut self, size: u8) -> Flow<()> {
-        if !self.mode.is_real() {
-            return Err(Step::Unsupported);
-        }
         let name = match (self.ins.map, self.ins.opcode) {
             (Map::OneByte, 0xC4) => SegmentName::Es,
             (Map::OneByte, _) => SegmentName::Ds,
@@ -217,7 +219,7 @@ impl<C: Cpu> Exec<'_, C> {
             _ => SegmentName::Gs,
         };
         let (offset, selector) = self.far_pointer(size)?;
-        self.load_segment(name, selector);
+        self.load_segment(name, selector)?;
         self.set_reg(self.ins.reg(), size, offset);
         Ok(())
     }
@@ -298,9 +300,6 @@ impl<C: Cpu> Exec<'_, C> {
 
     fn far_operation(&mut self, size: u8) -> Flow<()> {
         // A register operand of a far branch was refused by the decoder.
-        if !self.mode.is_real() {
-            return Err(Step::Unsupported);
-        }
         match self.ins.op {
             Op::JmpFar => self.jump_far(self.ins.second, self.ins.immediate as u64, size),
             Op::CallFar => self.call_far(self.ins.second, self.ins.immediate as u64, size),
@@ -312,6 +311,7 @@ impl<C: Cpu> Exec<'_, C> {
                 let (offset, selector) = self.far_pointer(size)?;
                 self.call_far(selector, offset, size)
             }
+            Op::RetFar if !self.mode.is_real() => self.return_to_segment(size, self.ins.immediate),
             Op::RetFar => {
                 let (offset, selector) = (self.peek(0, size)?, self.peek(1, size)?);
                 self.jump_far(selector as u16, offset, size)?;
@@ -336,12 +336,18 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     fn jump_far(&mut self, selector: u16, offset: u64, size: u8) -> Flow<()> {
+        if !self.mode.is_real() {
+            return self.jump_to_segment(selector, offset & mask(size));
+        }
         self.next_rip = self.target(offset, size)?;
-        self.load_segment(SegmentName::Cs, selector);
+        self.load_real_segment(SegmentName::Cs, selector);
         Ok(())
     }
 
     fn call_far(&mut self, selector: u16, offset: u64, size: u8) -> Flow<()> {
+        if !self.mode.is_real() {
+            return self.call_segment(selector, offset & mask(size), size);
+        }
         self.target(offset, size)?;
         let back = [self.cpu.segment(SegmentName::Cs).selector as u64, self.next_rip];
         self.push(&back, size)?;

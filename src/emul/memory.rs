@@ -269,7 +269,7 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     #[inline]
-    fn store_part(&mut self, gpa: Gpa, from: &[u8]) {
+    pub(super) fn store_part(&mut self, gpa: Gpa, from: &[u8]) {
         if from.is_empty() || self.cpu.write_ram(gpa, from).is_ok() {
             return;
         }

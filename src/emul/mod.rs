@@ -38,6 +38,7 @@
 mod alu;
 mod control;
 mod decode;
+mod descriptor;
 mod exec;
 mod memory;
 mod opcodes;
@@ -80,6 +81,8 @@ pub enum Access {
     Execute,
     /// The CPU's own read of a system table (TSS, IDT): supervisor, whatever the privilege level.
     SystemRead,
+    /// The CPU's own write to a system table (a descriptor's accessed or busy bit).
+    SystemWrite,
 }
 
 /// The address is not RAM (or, for a write, RAM that may not be written): a device answers.
@@ -117,6 +120,10 @@ pub trait Cpu {
     fn set_segment(&mut self, name: SegmentName, value: &Segment);
     /// The task register.
     fn tss(&self) -> Segment;
+    fn set_tss(&mut self, value: &Segment);
+    /// LDTR.
+    fn ldt(&self) -> Segment;
+    fn set_ldt(&mut self, value: &Segment);
     fn table(&self, which: Table) -> DescriptorTable;
     fn set_table(&mut self, which: Table, value: DescriptorTable);
 

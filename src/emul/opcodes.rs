@@ -163,6 +163,8 @@ pub enum Op {
     Sidt,
     Lgdt,
     Lidt,
+    Lldt,
+    Ltr,
     Invlpg,
 
     /// SSE and VEX moves.
@@ -602,7 +604,7 @@ static GROUPS: [[Entry; 8]; 12] = [
         UNDEFINED,
     ],
     // SLDT, STR, LLDT, LTR, VERR, VERW.
-    [UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, UNDEFINED, UNDEFINED],
+    [UNSUPPORTED, UNSUPPORTED, same(Op::Lldt, 0), same(Op::Ltr, 0), UNSUPPORTED, UNSUPPORTED, UNDEFINED, UNDEFINED],
     // The register forms of 0 to 3, 5 and 7 are other instructions: the decoder turns them into `Unsupported`.
     [
         same(Op::Sgdt, 0),

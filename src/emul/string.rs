@@ -169,6 +169,8 @@ impl<C: Cpu> Exec<'_, C> {
             self.io.waiting = Waiting::Port(count as u16);
             return Err(Step::PortIn { port, size, count: count as u16 });
         }
+        // Userspace may have changed the count since it was asked.
+        let elements = if self.repeats() { elements.min(self.reg(RCX, self.ins.address_size)) } else { elements };
         let bytes = (elements as usize).wrapping_mul(size as usize);
         self.span(place, bytes, Access::Write)?;
         let mut done = 0usize;

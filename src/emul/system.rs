@@ -45,6 +45,7 @@ impl<C: Cpu> Exec<'_, C> {
                 let value = old & !(cr0::MP | cr0::EM | cr0::TS) | source & 0xF;
                 self.cpu.set_cr(0, value).map_err(Step::Fault)?;
             }
+            Op::Lldt | Op::Ltr => return self.load_system_segment(),
             Op::Lgdt | Op::Lidt => {
                 self.privileged()?;
                 return self.load_table();

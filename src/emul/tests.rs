@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod mock;
+mod segments;
 
 use super::*;
 use crate::arch::cr::{cr0, cr4, rflags};
@@ -454,8 +455,7 @@ fn real_mode_control_flow() {
     cpu.gpr[0] = 0x1234;
     assert_eq!((cpu.step(), cpu.shadow), (Step::Done, Shadow::MovSs));
     assert_eq!(cpu.segments[SegmentName::Ss as usize].base, 0x12340);
-    // Protected mode would need descriptors.
-    assert_eq!(Mock::code(Mode::Protected32, &[0x8E, 0xD0]).step(), Step::Unsupported);
+    // Protected mode would need gates.
     assert_eq!(Mock::code(Mode::Protected32, &[0xCD, 0x10]).step(), Step::Unsupported);
     assert_eq!(Mock::code(Mode::Long64, &[0x8E, 0xC8]).step(), UD);
 }

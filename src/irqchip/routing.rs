@@ -8,6 +8,7 @@
 
 pub use crate::abi::irq::KvmIrqRoutingEntry as RawRoute;
 
+use super::bits::Bits256;
 use super::ioapic;
 use super::message::{DeliveryMode, DestMode, Message, Shorthand, Trigger};
 
@@ -194,6 +195,21 @@ pub fn lookup<'a>(routes: &'a [Route], starts: &[u16], gsi: u32) -> &'a [Route] 
     routes.get(from as usize..to as usize).unwrap_or(&[])
 }
 
+/// Vectors of the level-triggered messages among the first `pins` GSIs: those of an I/O APIC in userspace, which wants to
+/// know when such an interrupt ends (KVM_EXIT_IOAPIC_EOI).
+pub fn level_vectors(routes: &[Route], pins: u32, wide_ids: bool) -> Bits256 {
+    let mut vectors = Bits256::default();
+    for route in routes.iter().filter(|route| route.gsi < pins) {
+        if let Target::Msi(msi) = route.target {
+            let message = msi.message(wide_ids);
+            if message.trigger == Trigger::Level {
+                vectors.set(message.vector);
+            }
+        }
+    }
+    vectors
+}
+
 /// The GSI that goes to a pin: the one to notify when that pin is acknowledged. A scan.
 pub fn gsi_of(routes: &[Route], target: Target) -> Option<u32> {
     routes.iter().find(|route| route.target == target).map(|route| route.gsi)
@@ -283,6 +299,22 @@ mod tests {
         }
         assert_eq!(gsi_of(&routes, Target::Pic(9)), Some(9));
         assert_eq!(gsi_of(&routes, Target::Pic(16)), None);
+    }
+
+    #[test]
+    fn vectors_that_userspace_waits_for() {
+        let msi = |gsi, data| Route { gsi, target: Target::Msi(Msi { data, ..Msi::default() }) };
+        let routes = [
+            msi(0, 0x8031),
+            msi(1, 0x32),
+            msi(23, 0x80FF),
+            msi(24, 0x8033),
+            Route { gsi: 2, target: Target::Ioapic(2) },
+        ];
+        let vectors = level_vectors(&routes, 24, false);
+        let set: Vec<u8> = (0..=255).filter(|&vector| vectors.test(vector)).collect();
+        assert_eq!(set, [0x31, 0xFF]);
+        assert_eq!(level_vectors(&routes, 0, true), Bits256::default());
     }
 
     #[test]

@@ -31,12 +31,15 @@ pub struct HostFeatures {
     pub pv_features: u32,
 }
 
-/// The paravirtual features that need nothing but kvmclock, the steal-time clock and a stable TSC.
+/// The paravirtual features: kvmclock, steal time, and three hypercalls.
 pub const PV_FEATURES: u32 = kvm_eax::CLOCKSOURCE
     | kvm_eax::CLOCKSOURCE2
     | kvm_eax::CLOCKSOURCE_STABLE
     | kvm_eax::NOP_IO_DELAY
-    | kvm_eax::STEAL_TIME;
+    | kvm_eax::STEAL_TIME
+    | kvm_eax::PV_UNHALT
+    | kvm_eax::PV_SEND_IPI
+    | kvm_eax::PV_SCHED_YIELD;
 
 /// The table does not fit: E2BIG.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -32,6 +32,8 @@ pub struct Dynamic {
     pub apic_enabled: bool,
     pub xcr0: u64,
     pub xss: u64,
+    /// MISC_ENABLE's word about MONITOR and MWAIT, where CPUID follows that.
+    pub mwait: Option<bool>,
 }
 
 /// Entries in the order userspace gave them, and an open-addressed index by leaf over them. `E` owns or borrows the
@@ -80,14 +82,17 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
         Ok(table)
     }
 
-    /// As userspace gave them: what KVM_GET_CPUID2 returns.
+    /// As userspace gave them.
     pub fn entries(&self) -> &[KvmCpuidEntry2] {
         &self.entries
     }
 
-    /// Whether `other` would give the same answers: KVM_SET_CPUID2 after the first KVM_RUN accepts nothing else.
-    pub fn same_as(&self, other: &[KvmCpuidEntry2]) -> bool {
-        let key = |entry: &KvmCpuidEntry2| (entry.function, entry.index, entry.flags, registers(entry));
+    /// Whether `other` would give the same answers: KVM_SET_CPUID2 after the first KVM_RUN accepts nothing else. What follows the
+    /// guest's state is no difference: userspace may have read the table back.
+    pub fn same_as(&self, other: &[KvmCpuidEntry2], dynamic: &Dynamic) -> bool {
+        let key = |entry: &KvmCpuidEntry2| {
+            (entry.function, entry.index, entry.flags, self.patched(entry, entry.index, dynamic))
+        };
         self.entries.iter().map(key).eq(other.iter().map(key))
     }
 
@@ -120,6 +125,12 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
         }
     }
 
+    /// An entry as the guest sees it now: what KVM_GET_CPUID2 returns.
+    pub fn current(&self, entry: &KvmCpuidEntry2, dynamic: &Dynamic) -> KvmCpuidEntry2 {
+        let [eax, ebx, ecx, edx] = self.patched(entry, entry.index, dynamic);
+        KvmCpuidEntry2 { eax, ebx, ecx, edx, ..*entry }
+    }
+
     #[inline]
     fn patched(&self, entry: &KvmCpuidEntry2, index: u32, dynamic: &Dynamic) -> [u32; 4] {
         let mut values = registers(entry);
@@ -128,6 +139,9 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
             (1, _) => {
                 assign(ecx, leaf1_ecx::OSXSAVE, dynamic.cr4 & cr4::OSXSAVE != 0);
                 assign(edx, leaf1_edx::APIC, dynamic.apic_enabled);
+                if let Some(mwait) = dynamic.mwait {
+                    assign(ecx, leaf1_ecx::MONITOR, mwait);
+                }
             }
             (7, 0) => assign(ecx, leaf7_ecx::OSPKE, dynamic.cr4 & cr4::PKE != 0),
             (0xD, 0) => *ebx = self.xsave_bytes(dynamic.xcr0, false),

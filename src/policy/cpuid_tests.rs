@@ -255,8 +255,8 @@ fn compacted_components_are_packed_and_aligned() {
 #[test]
 fn queries_follow_the_registers() {
     let table = table(zen4, &FULL);
-    let off = Dynamic { cr4: 0, apic_enabled: false, xcr0: 1, xss: 0 };
-    let on = Dynamic { cr4: cr4::OSXSAVE | cr4::PKE, apic_enabled: true, xcr0: 0x2E7, xss: 0 };
+    let off = Dynamic { cr4: 0, apic_enabled: false, xcr0: 1, xss: 0, mwait: None };
+    let on = Dynamic { cr4: cr4::OSXSAVE | cr4::PKE, apic_enabled: true, xcr0: 0x2E7, xss: 0, mwait: None };
     let bits = |dynamic| {
         let [_, _, ecx, edx] = table.query(1, 0x1234, dynamic);
         (ecx >> 27 & 1, edx >> 9 & 1, table.query(7, 0, dynamic)[2] >> 4 & 1)
@@ -350,14 +350,18 @@ fn bad_tables_are_refused() {
 fn the_same_table_may_be_set_again() {
     let entries = vec![entry(1, None, [1, 2, 3, 4]), entry(7, Some(0), [5, 6, 7, 8])];
     let table = CpuidTable::new(entries.clone()).unwrap();
-    assert!(table.same_as(&entries));
-    assert!(!table.same_as(&entries[..1]));
+    let dynamic = Dynamic { cr4: cr4::OSXSAVE, apic_enabled: true, ..Dynamic::default() };
+    assert!(table.same_as(&entries, &dynamic));
+    assert!(!table.same_as(&entries[..1], &dynamic));
     let mut other = entries.clone();
     other[1].edx ^= 1;
-    assert!(!table.same_as(&other));
+    assert!(!table.same_as(&other, &dynamic));
     let mut padded = entries;
     padded[0].padding = [1, 2, 3];
-    assert!(table.same_as(&padded), "padding means nothing");
+    assert!(table.same_as(&padded, &dynamic), "padding means nothing");
+    let read_back: Vec<_> = table.entries().iter().map(|entry| table.current(entry, &dynamic)).collect();
+    assert_ne!(read_back[0].ecx, 3);
+    assert!(table.same_as(&read_back, &dynamic), "what the guest's state decides is no difference");
 }
 
 #[test]

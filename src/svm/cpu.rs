@@ -60,6 +60,8 @@ pub(crate) struct Svm {
     asid_count: u32,
     pub(super) io_permissions: PhysBox<Bytes<{ 4 * 4096 }>>,
     pub(super) msr_permissions: PhysBox<Bytes<{ 2 * 4096 }>>,
+    /// The same without exceptions: every access is an exit.
+    pub(super) msr_all: PhysBox<Bytes<{ 2 * 4096 }>>,
 }
 
 impl Svm {
@@ -100,10 +102,12 @@ impl Svm {
         io_permissions.0.fill(0xFF);
         let mut msr_permissions = PhysBox::<Bytes<{ 2 * 4096 }>>::new()?;
         msr_permissions.0.fill(0xFF);
+        let mut msr_all = PhysBox::<Bytes<{ 2 * 4096 }>>::new()?;
+        msr_all.0.fill(0xFF);
         for msr in PASSED_THROUGH {
             pass_through(&mut msr_permissions.0, msr);
         }
-        Ok(Arc::new(Self { per_cpu, features, asid_count, io_permissions, msr_permissions }, GFP_KERNEL)?)
+        Ok(Arc::new(Self { per_cpu, features, asid_count, io_permissions, msr_permissions, msr_all }, GFP_KERNEL)?)
     }
 
     /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.

@@ -42,6 +42,9 @@ SYM_DATA_LOCAL(krab_verw_selector, .word __KERNEL_DS)
  * The global interrupt flag is clear from CLGI to STGI, so neither an NMI nor a reboot IPI comes in between, and SVM cannot
  * be turned off there: only CLGI needs an exception table entry. STI with GIF clear takes nothing; it makes VMRUN save a host
  * RFLAGS.IF of 1, so that a host interrupt ends the guest's run. Interrupts stay pending until the caller enables them.
+ *
+ * STI and CLI enclose VMRUN alone. With RFLAGS.IF set on a longer way from CLGI to STGI, QEMU's emulation took, about once in a
+ * million entries with two CPUs, a second #VMEXIT in the host's code behind VMRUN, which put host state into the VMCB.
  */
 SYM_FUNC_START(krab_svm_enter)
 	push	%rbp
@@ -58,7 +61,6 @@ SYM_FUNC_START(krab_svm_enter)
 	push	%rdi			/* registers */
 
 1:	clgi
-	sti
 
 	ALTERNATIVE "jmp .Lguest_spec_ctrl_done", "", X86_FEATURE_MSR_SPEC_CTRL
 	cmp	%rcx, %r8
@@ -98,7 +100,9 @@ SYM_FUNC_START(krab_svm_enter)
 
 	ALTERNATIVE "", "verw krab_verw_selector(%rip)", X86_FEATURE_CLEAR_CPU_BUF_VM
 
+	sti
 	vmrun	%rax
+	cli
 
 	pop	%rax
 	mov	%rcx, RCX_OFFSET(%rax)
@@ -167,7 +171,6 @@ SYM_FUNC_START(krab_svm_enter)
 	xor	%r14d, %r14d
 	xor	%r15d, %r15d
 
-	cli
 	stgi				/* a pending NMI is taken here */
 	xor	%eax, %eax
 	pop	%rbx

@@ -26,8 +26,9 @@ use crate::{
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 const MISC1: u32 = misc1::INTR
     | misc1::NMI
@@ -87,6 +88,8 @@ pub(crate) struct SvmVcpu {
 impl Vendor for Svm {
     type Vcpu = SvmVcpu;
     type NestedFormat = Npt;
+    /// VMMCALL.
+    const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
     fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -483,6 +486,11 @@ impl VendorVcpu for SvmVcpu {
     fn want_cr8_writes(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
+    }
+
+    fn want_all_msrs(&mut self, wanted: bool) {
+        let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
+        self.vmcb.control.msrpm_base = map.address().0;
     }
 
     #[inline]

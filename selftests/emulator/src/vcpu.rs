@@ -85,6 +85,11 @@ impl Cpu for Vcpu {
     fn tss(&self) -> Segment {
         Segment::default()
     }
+    fn set_tss(&mut self, _: &Segment) {}
+    fn ldt(&self) -> Segment {
+        Segment::default()
+    }
+    fn set_ldt(&mut self, _: &Segment) {}
     fn table(&self, _: Table) -> DescriptorTable {
         DescriptorTable::default()
     }

@@ -353,7 +353,8 @@ fn mmio_across_end_of_slot() {
     let g = Guest::real(real_cross_slot());
     let mut s = g.cpu.sregs();
     s.ds.base = (4 << 20) - 0x10000;
-    s.ds.limit = 0xffff_ffff;
+    // Intel wants a granularity that fits the limit.
+    (s.ds.limit, s.ds.g) = (0xffff_ffff, 1);
     g.cpu.set_sregs(&s);
     expect_mmio_write(&g.cpu, 4 << 20, &[0x33, 0x44]);
     expect_mmio_read(&g.cpu, 4 << 20, &[0x55, 0x66]);

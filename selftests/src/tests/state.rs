@@ -317,6 +317,8 @@ fn vcpu_events_inject_exception() {
     assert_ok!(g.cpu.set(KVM_SET_VCPU_EVENTS, &e));
     let mut r = g.cpu.regs();
     r.rip = CODE;
+    // Intel refuses to deliver an interrupt to a guest with interrupts off.
+    r.rflags |= 0x200;
     g.cpu.set_regs(&r);
     g.expect_done();
     assert_eq!(g.count(0x66), 1);

@@ -2,6 +2,7 @@
 //! A vCPU for tests: flat RAM with identity paging, a hole, and a device.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
 use std::vec;
 use std::vec::Vec;
 
@@ -23,6 +24,8 @@ pub struct Mock {
     pub rflags: u64,
     pub segments: [Segment; 6],
     pub tss: Segment,
+    pub ldt: Segment,
+    pub gdt: DescriptorTable,
     pub idt: DescriptorTable,
     pub cr: [u64; 9],
     pub dr: [u64; 8],
@@ -32,6 +35,8 @@ pub struct Mock {
     pub vectors: [[u8; 32]; 16],
     pub port_data: Vec<u8>,
     pub ram: Vec<u8>,
+    /// RAM that no write reaches.
+    pub read_only: Range<usize>,
     pub translations: usize,
     pub lose_race: bool,
     pub invalidated: Option<Gva>,
@@ -58,6 +63,8 @@ impl Mock {
             rflags: rflags::FIXED | if mode == Mode::Vm86 { rflags::VM } else { 0 },
             segments,
             tss: Segment::default(),
+            ldt: Segment::default(),
+            gdt: DescriptorTable::default(),
             idt: DescriptorTable { base: 0, limit: 0x3FF },
             cr,
             dr: [0; 8],
@@ -67,6 +74,7 @@ impl Mock {
             vectors: [[0; 32]; 16],
             port_data: vec![0; 4096],
             ram: vec![0; RAM],
+            read_only: 0..0,
             translations: 0,
             lose_race: false,
             invalidated: None,
@@ -124,11 +132,26 @@ impl Cpu for Mock {
     fn tss(&self) -> Segment {
         self.tss
     }
-    fn table(&self, _: Table) -> DescriptorTable {
-        self.idt
+    fn set_tss(&mut self, value: &Segment) {
+        self.tss = *value;
     }
-    fn set_table(&mut self, _: Table, value: DescriptorTable) {
-        self.idt = value;
+    fn ldt(&self) -> Segment {
+        self.ldt
+    }
+    fn set_ldt(&mut self, value: &Segment) {
+        self.ldt = *value;
+    }
+    fn table(&self, which: Table) -> DescriptorTable {
+        match which {
+            Table::Gdt => self.gdt,
+            Table::Idt => self.idt,
+        }
+    }
+    fn set_table(&mut self, which: Table, value: DescriptorTable) {
+        match which {
+            Table::Gdt => self.gdt = value,
+            Table::Idt => self.idt = value,
+        }
     }
     fn cpl(&self) -> u8 {
         self.cpl
@@ -175,6 +198,9 @@ impl Cpu for Mock {
     fn write_ram(&mut self, at: Gpa, from: &[u8]) -> Result<(), NotRam> {
         assert!(at.page_offset() as usize + from.len() <= 4096, "access crosses a page");
         let at = at.0 as usize;
+        if self.read_only.contains(&at) {
+            return Err(NotRam);
+        }
         self.ram.get_mut(at..at + from.len()).ok_or(NotRam)?.copy_from_slice(from);
         Ok(())
     }

@@ -8,11 +8,12 @@
 //! is its vCPU ID, LINT0 of the boot CPU starts in ExtINT mode (a quirk of KVM that its clients rely on), and an
 //! interrupt that is pending when the APIC gets software-disabled is still delivered.
 //! Not supported: the arbitration priority register (reads 0), remote reads, focus processor checking, AMD's extended
-//! registers (offset 400h and up), interrupt delivery by hardware (AVIC, APICv).
+//! registers (offset 400h and up), AVIC.
 #![forbid(unsafe_code)]
 
 mod access;
 mod base;
+mod delivery;
 mod inbox;
 pub mod regs;
 mod state;
@@ -20,6 +21,7 @@ mod state;
 mod tests;
 mod timer;
 
+pub use delivery::Delivery;
 pub use inbox::{Inbox, Posted, Signals};
 pub use regs::Lvt;
 pub use state::{StateError, STATE_BYTES};
@@ -343,6 +345,12 @@ impl Lapic {
     #[inline]
     pub fn highest_irr(&self) -> Option<u8> {
         (self.highest_irr != 0).then_some(self.highest_irr)
+    }
+
+    /// The highest vector in service.
+    #[inline]
+    pub fn highest_isr(&self) -> Option<u8> {
+        (self.highest_isr != 0).then_some(self.highest_isr)
     }
 
     /// Priority class (1 to 15) that a pending interrupt has and that the TPR alone holds back: while there is one, the

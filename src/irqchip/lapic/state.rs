@@ -87,11 +87,10 @@ impl Lapic {
         let directed = if self.features.directed_eoi { SVR_DIRECTED_EOI } else { 0 };
         self.svr = get(state, regs::SVR) & (0xFF | SVR_ENABLE | SVR_FOCUS | directed);
         for (index, at) in dwords() {
-            // Vectors 0 to 15 cannot be pending or in service.
-            let legal = if index == 0 { !0xFFFF } else { !0 };
-            self.isr.set_dword(index, get(state, regs::ISR + at) & legal);
+            // Vectors 0 to 15 are illegal, and kept as in KVM: of the lowest priority class, they are never delivered.
+            self.isr.set_dword(index, get(state, regs::ISR + at));
             self.tmr.set_dword(index, get(state, regs::TMR + at));
-            self.irr.set_dword(index, get(state, regs::IRR + at) & legal);
+            self.irr.set_dword(index, get(state, regs::IRR + at));
         }
         self.highest_irr = self.irr.highest();
         self.highest_isr = self.isr.highest();

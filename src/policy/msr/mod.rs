@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod constant;
+pub mod filter;
 mod list;
 mod mce;
 mod mtrr;
@@ -42,7 +43,7 @@ pub struct MsrConfig {
     pub pv_features: u32,
     /// The host's ARCH_CAPABILITIES, less what does not hold for a guest. 0 on AMD.
     pub arch_capabilities: u64,
-    /// What UCODE_REV (PATCH_LEVEL) reads as until userspace sets it.
+    /// The host's UCODE_REV (PATCH_LEVEL), a feature MSR.
     pub microcode: u64,
 }
 
@@ -56,6 +57,10 @@ pub struct Context<'a> {
     pub efer: u64,
     /// CR0.PG.
     pub paging: bool,
+    /// Paravirtual features that this guest may use, bits of [`kvm_eax`]; the module may have fewer.
+    pub pv_features: u32,
+    /// Whether the guest may read PLATFORM_INFO. KVM_CAP_MSR_PLATFORM_INFO.
+    pub platform_info: bool,
 }
 
 /// State that hardware switches between guest and host, or that the vendor's room switches for it.
@@ -162,10 +167,15 @@ pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
 /// MISC_ENABLE: no branch trace store, no PEBS.
 const MISC_ENABLE_READ_ONLY: u64 = 1 << 11 | 1 << 12;
+/// MISC_ENABLE: MONITOR and MWAIT are there.
+const MISC_ENABLE_MWAIT: u64 = 1 << 18;
 /// MISC_ENABLE: performance monitoring available; writes are ignored.
 const MISC_ENABLE_EMON: u64 = 1 << 7;
+/// UCODE_REV of a new vCPU, as KVM has it.
+const MICROCODE_AMD: u64 = 0x0100_0065;
+const MICROCODE_INTEL: u64 = 1 << 32;
 const FEATURE_CONTROL_LOCKED: u64 = 1 << 0;
-/// HWCR: the TSC counts at the P0 frequency. Linux complains where this is 0.
+/// HWCR: the TSC counts at the P0 frequency.
 const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
 /// HWCR: machine-check status registers may be written.
 const HWCR_MC_STATUS_WRITE: u64 = 1 << 18;
@@ -181,23 +191,23 @@ const FLUSH_CMD_L1D: u64 = 1;
 const PV_ENABLED: u64 = 1;
 
 impl MsrState {
-    /// As after power-up.
-    pub const fn new(config: &MsrConfig) -> Self {
-        let amd = matches!(config.supported.vendor, Vendor::Amd);
+    /// As after power-up. `stuffed`: feature MSRs begin with all that is supported, where KVM does so by default; else with 0.
+    pub const fn new(config: &MsrConfig, stuffed: bool) -> Self {
+        let microcode = if matches!(config.supported.vendor, Vendor::Amd) { MICROCODE_AMD } else { MICROCODE_INTEL };
         Self {
             pat: PAT_RESET,
             mtrr: mtrr::Mtrr::new(),
             mce: mce::Mce::new(),
             misc_enable: MISC_ENABLE_READ_ONLY,
             tsc_adjust: 0,
-            microcode: config.microcode,
-            arch_capabilities: config.arch_capabilities,
+            microcode: if stuffed { microcode } else { 0 },
+            arch_capabilities: if stuffed { config.arch_capabilities } else { 0 },
             platform_info: 0,
             feature_control: FEATURE_CONTROL_LOCKED,
             power_ctl: 0,
             smi_count: 0,
-            hwcr: if amd { HWCR_TSC_FREQ_SEL } else { 0 },
-            de_cfg: config.de_cfg(),
+            hwcr: 0,
+            de_cfg: 0,
             // The first three errata of the list are fixed here: idle and port instructions are intercepted.
             osvw: [3, 0],
             wall_clock: 0,
@@ -224,6 +234,11 @@ impl MsrState {
         self.pat
     }
 
+    /// MISC_ENABLE: MONITOR and MWAIT are there.
+    pub const fn mwait(&self) -> bool {
+        self.misc_enable & MISC_ENABLE_MWAIT != 0
+    }
+
     /// Where kvmclock is, if the guest turned it on.
     pub const fn system_time(&self) -> Option<Gpa> {
         enabled(self.system_time, 0)
@@ -239,6 +254,13 @@ impl MsrState {
         self.mce.setup(mcg_cap)
     }
 
+    /// Whether there is such an MSR at all, whoever may access it: what tells KVM_MSR_EXIT_REASON_INVAL from ..._UNKNOWN.
+    pub fn knows(&self, cx: &Context<'_>, index: u32) -> bool {
+        let cx = Context { by: By::Host, ..*cx };
+        matches!(index, msr::PRED_CMD | msr::FLUSH_CMD | msr::UCODE_WRITE | msr::PATCH_LOADER)
+            || self.read(&cx, index) != Read::Gp
+    }
+
     /// RDMSR or KVM_GET_MSRS.
     pub fn read(&self, cx: &Context<'_>, index: u32) -> Read {
         let host = cx.by == By::Host;
@@ -252,7 +274,7 @@ impl MsrState {
             msr::TSC_ADJUST => caps.tsc_adjust.then_some(self.tsc_adjust),
             msr::UCODE_REV => Some(self.microcode),
             msr::ARCH_CAPABILITIES => caps.arch_capabilities.then_some(self.arch_capabilities),
-            msr::PLATFORM_INFO => Some(self.platform_info),
+            msr::PLATFORM_INFO => (host || cx.platform_info).then_some(self.platform_info),
             msr::FEATURE_CONTROL => (caps.vendor == Vendor::Intel).then_some(self.feature_control),
             msr::POWER_CTL => Some(self.power_ctl),
             msr::SMI_COUNT => Some(self.smi_count),
@@ -395,9 +417,10 @@ impl Context<'_> {
         self.visible().vendor == Vendor::Amd
     }
 
-    /// `value` if the module has this paravirtual feature. KVM does not look at the guest's CPUID here either.
+    /// `value` if the module has this paravirtual feature. The guest's CPUID counts only where userspace asked for that:
+    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
     fn pv(&self, feature: u32, value: u64) -> Option<u64> {
-        (self.config.pv_features & feature != 0).then_some(value)
+        (self.config.pv_features & self.pv_features & feature != 0).then_some(value)
     }
 
     fn register_exists(&self, register: Register) -> bool {

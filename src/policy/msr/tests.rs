@@ -41,21 +41,44 @@ struct Bench {
     state: MsrState,
     efer: u64,
     paging: bool,
+    pv_features: u32,
+    platform_info: bool,
 }
 
 impl Bench {
     fn new(vendor: Vendor) -> Self {
         let config = config(vendor);
-        Self { caps: config.supported, state: MsrState::new(&config), config, efer: 0, paging: false }
+        Self {
+            caps: config.supported,
+            state: MsrState::new(&config, true),
+            config,
+            efer: 0,
+            paging: false,
+            pv_features: u32::MAX,
+            platform_info: true,
+        }
+    }
+
+    fn context(&self, by: By) -> Context<'_> {
+        let Self { config, caps, efer, paging, pv_features, platform_info, .. } = self;
+        Context {
+            config,
+            caps,
+            by,
+            efer: *efer,
+            paging: *paging,
+            pv_features: *pv_features,
+            platform_info: *platform_info,
+        }
     }
 
     fn read(&self, by: By, index: u32) -> Read {
-        let cx = Context { config: &self.config, caps: &self.caps, by, efer: self.efer, paging: self.paging };
-        self.state.read(&cx, index)
+        self.state.read(&self.context(by), index)
     }
 
     fn write(&mut self, by: By, index: u32, value: u64) -> Write {
-        let cx = Context { config: &self.config, caps: &self.caps, by, efer: self.efer, paging: self.paging };
+        let Self { config, caps, efer, paging, pv_features, platform_info, .. } = *self;
+        let cx = Context { config: &config, caps: &caps, by, efer, paging, pv_features, platform_info };
         self.state.write(&cx, index, value)
     }
 
@@ -199,7 +222,7 @@ fn what_linux_reads_at_boot_is_there() {
     let bench = Bench::new(Vendor::Amd);
     for (index, value) in [
         (msr::SYSCFG, 0),
-        (msr::HWCR, 1 << 24),
+        (msr::HWCR, 0),
         (msr::UCODE_REV, 0x0100_0065),
         (msr::MTRR_CAP, 0x508),
         (msr::PAT, PAT_RESET),
@@ -207,7 +230,7 @@ fn what_linux_reads_at_boot_is_there() {
         (msr::OSVW_ID_LENGTH, 3),
         (msr::OSVW_STATUS, 0),
         (msr::INT_PENDING, 0),
-        (msr::DE_CFG, 2),
+        (msr::DE_CFG, 0),
         (msr::K7_EVNTSEL0, 0),
         (msr::DEBUGCTL, 0),
         (msr::MCG_CAP, 32),
@@ -464,4 +487,26 @@ fn random_accesses() {
             assert_eq!(bench.read(By::Host, index), before, "{index:#x}");
         }
     }
+}
+
+#[test]
+fn userspace_may_hide_platform_info_and_paravirtual_msrs() {
+    let mut bench = Bench::new(Vendor::Amd);
+    assert_eq!(bench.write(By::Host, msr::PLATFORM_INFO, 0x1200), Write::Done);
+    assert_eq!(bench.read(By::Guest, msr::PLATFORM_INFO), Read::Value(0x1200));
+    bench.platform_info = false;
+    assert_eq!(bench.read(By::Guest, msr::PLATFORM_INFO), Read::Gp);
+    assert_eq!(bench.read(By::Host, msr::PLATFORM_INFO), Read::Value(0x1200));
+    bench.pv_features = kvm_eax::CLOCKSOURCE2;
+    assert_eq!(bench.read(By::Guest, msr::KVM_SYSTEM_TIME), Read::Gp);
+    assert_eq!(bench.read(By::Guest, msr::KVM_SYSTEM_TIME_NEW), Read::Value(0));
+    assert_eq!(bench.write(By::Guest, msr::KVM_STEAL_TIME, 0), Write::Gp);
+}
+
+#[test]
+fn an_unknown_msr_is_told_from_a_wrong_access() {
+    let bench = Bench::new(Vendor::Amd);
+    let knows = |index| bench.state.knows(&bench.context(By::Guest), index);
+    assert!(knows(msr::EFER) && knows(msr::PAT) && knows(msr::PLATFORM_INFO) && knows(msr::PRED_CMD));
+    assert!(!knows(0xDEAD_BEEF) && !knows(0x474F_4F00) && !knows(msr::FEATURE_CONTROL));
 }

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0
+//! KVM_ENABLE_CAP: behaviour that userspace turns on or off for one VM or one vCPU. KVM API "KVM_ENABLE_CAP".
+//!
+//! What is set here is read on paths that are seldom taken. A capability that is not in the two `match`es gets EINVAL, as in KVM.
+#![forbid(unsafe_code)]
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use kernel::prelude::*;
+
+use crate::{
+    abi::{
+        cap::*,
+        vm::{
+            KvmEnableCap, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+            KVM_MSR_EXIT_REASON_VALID_MASK, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+            KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
+        },
+    },
+    dev::MAX_VCPUS,
+    irqchip::routing::MAX_ROUTES,
+    vcpu::Core,
+    vendor::Vendor,
+    vm::Vm,
+};
+
+/// What userspace chose for a VM.
+pub(crate) struct Enabled {
+    /// `KVM_X86_QUIRK_*` that are off.
+    quirks_off: AtomicU64,
+    /// `KVM_MSR_EXIT_REASON_*` that go to userspace.
+    user_space_msr: AtomicU32,
+    /// Whether a guest may read PLATFORM_INFO.
+    platform_info: AtomicBool,
+    /// Whether an instruction that cannot be emulated always ends KVM_RUN.
+    exit_on_emulation_failure: AtomicBool,
+    /// Whether KVM_GET_VCPU_EVENTS tells pending exceptions and their payload from injected ones.
+    exception_payload: AtomicBool,
+    /// Whether KVM_GET_VCPU_EVENTS tells of a triple fault.
+    triple_fault_event: AtomicBool,
+    /// One more than the highest vCPU id, 0 if userspace did not say.
+    max_vcpu_id: AtomicU32,
+    /// The vCPU that starts at the reset vector.
+    boot_cpu: AtomicU32,
+}
+
+impl Enabled {
+    pub(crate) const fn new() -> Self {
+        Self {
+            quirks_off: AtomicU64::new(0),
+            user_space_msr: AtomicU32::new(0),
+            platform_info: AtomicBool::new(true),
+            exit_on_emulation_failure: AtomicBool::new(false),
+            exception_payload: AtomicBool::new(false),
+            triple_fault_event: AtomicBool::new(false),
+            max_vcpu_id: AtomicU32::new(0),
+            boot_cpu: AtomicU32::new(0),
+        }
+    }
+
+    /// Whether the behaviour `quirk`, one of `KVM_X86_QUIRK_*`, is on, as it is by default.
+    pub(crate) fn has_quirk(&self, quirk: u64) -> bool {
+        self.quirks_off.load(Relaxed) & quirk == 0
+    }
+
+    pub(crate) fn user_space_msr(&self) -> u32 {
+        self.user_space_msr.load(Relaxed)
+    }
+
+    pub(crate) fn platform_info(&self) -> bool {
+        self.platform_info.load(Relaxed)
+    }
+
+    pub(crate) fn exit_on_emulation_failure(&self) -> bool {
+        self.exit_on_emulation_failure.load(Relaxed)
+    }
+
+    pub(crate) fn exception_payload(&self) -> bool {
+        self.exception_payload.load(Relaxed)
+    }
+
+    pub(crate) fn triple_fault_event(&self) -> bool {
+        self.triple_fault_event.load(Relaxed)
+    }
+
+    pub(crate) fn boot_cpu(&self) -> u32 {
+        self.boot_cpu.load(Relaxed)
+    }
+
+    /// Whether a vCPU may have this id.
+    pub(crate) fn takes_id(&self, id: usize) -> bool {
+        let highest = match self.max_vcpu_id.load(Relaxed) {
+            0 => MAX_VCPUS,
+            limit => limit,
+        };
+        id < highest as usize
+    }
+}
+
+impl<V: Vendor> Vm<V> {
+    /// KVM_ENABLE_CAP on a VM. `EINVAL` for a capability that cannot be enabled, and for arguments it does not know.
+    pub(crate) fn enable_cap(&self, request: &KvmEnableCap) -> Result {
+        let enabled = &self.enabled;
+        let value = request.args[0];
+        if request.flags != 0 {
+            return Err(EINVAL);
+        }
+        match request.cap {
+            KVM_CAP_DISABLE_QUIRKS2 if value & !SUPPORTED_QUIRKS != 0 => return Err(EINVAL),
+            KVM_CAP_DISABLE_QUIRKS | KVM_CAP_DISABLE_QUIRKS2 => {
+                enabled.quirks_off.fetch_or(value & SUPPORTED_QUIRKS, Relaxed);
+            }
+            KVM_CAP_X86_USER_SPACE_MSR if value & !u64::from(KVM_MSR_EXIT_REASON_VALID_MASK) != 0 => {
+                return Err(EINVAL)
+            }
+            KVM_CAP_X86_USER_SPACE_MSR => enabled.user_space_msr.store(value as u32, Relaxed),
+            KVM_CAP_MSR_PLATFORM_INFO => enabled.platform_info.store(value != 0, Relaxed),
+            KVM_CAP_EXIT_ON_EMULATION_FAILURE if value > 1 => return Err(EINVAL),
+            KVM_CAP_EXIT_ON_EMULATION_FAILURE => enabled.exit_on_emulation_failure.store(value != 0, Relaxed),
+            KVM_CAP_EXCEPTION_PAYLOAD => enabled.exception_payload.store(value != 0, Relaxed),
+            KVM_CAP_X86_TRIPLE_FAULT_EVENT => enabled.triple_fault_event.store(value != 0, Relaxed),
+            KVM_CAP_MAX_VCPU_ID => return self.limit_vcpu_ids(value),
+            KVM_CAP_SPLIT_IRQCHIP => {
+                let pins = u16::try_from(value).ok().filter(|&pins| usize::from(pins) <= MAX_ROUTES).ok_or(EINVAL)?;
+                let _setup = self.setup.lock();
+                if self.peers.len() > 0 {
+                    return Err(EEXIST);
+                }
+                return self.irq.split(pins);
+            }
+            KVM_CAP_X2APIC_API if value & !u64::from(KVM_X2APIC_API_VALID_FLAGS) != 0 => return Err(EINVAL),
+            KVM_CAP_X2APIC_API => {
+                let has = |flag: u32| value & u64::from(flag) != 0;
+                let wide_ids = has(KVM_X2APIC_API_USE_32BIT_IDS);
+                self.irq.set_x2apic_api(wide_ids, has(KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK));
+            }
+            KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => {
+                let enable = value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
+                let known = if enable { KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET } else { 0 };
+                if value & !known != 0 {
+                    return Err(EINVAL);
+                }
+                self.memory.set_manual_protect(enable, value & KVM_DIRTY_LOG_INITIALLY_SET != 0);
+            }
+            _ => return Err(EINVAL),
+        }
+        Ok(())
+    }
+
+    /// KVM_CAP_MAX_VCPU_ID: once, and the same value again.
+    fn limit_vcpu_ids(&self, limit: u64) -> Result {
+        let _setup = self.setup.lock();
+        let limit = u32::try_from(limit).ok().filter(|limit| *limit <= MAX_VCPUS).ok_or(EINVAL)?;
+        let now = match self.enabled.max_vcpu_id.load(Relaxed) {
+            0 if self.peers.len() > 0 => MAX_VCPUS,
+            now => now,
+        };
+        if self.enabled.boot_cpu() > limit || now != 0 && now != limit {
+            return Err(EINVAL);
+        }
+        self.enabled.max_vcpu_id.store(limit, Relaxed);
+        Ok(())
+    }
+
+    /// KVM_SET_BOOT_CPU_ID. `EBUSY` when there is a vCPU, `EINVAL` when no vCPU may have this id.
+    pub(crate) fn set_boot_cpu(&self, id: usize) -> Result {
+        let _setup = self.setup.lock();
+        if self.peers.len() > 0 {
+            return Err(EBUSY);
+        }
+        let limit = self.enabled.max_vcpu_id.load(Relaxed);
+        if id > MAX_VCPUS as usize || limit != 0 && id > limit as usize {
+            return Err(EINVAL);
+        }
+        self.enabled.boot_cpu.store(id as u32, Relaxed);
+        Ok(())
+    }
+}
+
+impl<V: Vendor> Core<V> {
+    /// KVM_ENABLE_CAP on a vCPU.
+    pub(crate) fn enable_cap(&mut self, request: &KvmEnableCap) -> Result {
+        match request.cap {
+            _ if request.flags != 0 => Err(EINVAL),
+            KVM_CAP_ENFORCE_PV_FEATURE_CPUID => {
+                self.state.enforce_pv = request.args[0] != 0;
+                self.state.update_pv_features();
+                Ok(())
+            }
+            _ => Err(EINVAL),
+        }
+    }
+}
