@@ -494,6 +494,7 @@ impl<V: Vendor> State<V> {
     #[inline(never)]
     fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
         self.shadow_step = false;
+        self.await_deadline();
         let readiness = self.readiness();
         let blocked = self.debug.blocks_interrupts();
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
