@@ -13,7 +13,7 @@ use crate::{
     },
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
-    glue::{fpu::GuestFpu, page::SharedPage, timer},
+    glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
@@ -307,6 +307,13 @@ impl<V: Vendor> Vcpu<V> {
                 state.debug.instruction_over();
             } else if traps && over && !matches!(step, Step::Fault(_)) {
                 state.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
+            }
+            match step {
+                Step::MmioRead { gpa, len } => trace::mmio(false, gpa.0, len.into(), 0),
+                Step::MmioWrite { gpa, data, len } => trace::mmio(true, gpa.0, len.into(), u64::from_le_bytes(data)),
+                Step::PortIn { port, size, count } => trace::pio(false, port, size.into(), count.into()),
+                Step::PortOut { port, size, count } => trace::pio(true, port, size.into(), count.into()),
+                _ => {}
             }
             let done = match step {
                 Step::Done => true,

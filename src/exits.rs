@@ -16,7 +16,7 @@ use crate::{
         Gpa, Gva,
     },
     emul::{skip_length, Intercepted, Mode},
-    glue::page::SharedPage,
+    glue::{page::SharedPage, trace},
     guest::{
         check,
         event::{vector, Exception},
@@ -438,6 +438,7 @@ impl<V: Vendor> State<V> {
     }
 
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
+        trace::page_fault(self.index as u32, fault.gpa.0, fault.write, fault.execute, fault.present);
         match vm.memory.fault(fault, false) {
             Ok(Fault::Mapped) => Handled::Resume,
             Ok(Fault::Mmio) => Handled::Device,
@@ -450,6 +451,7 @@ impl<V: Vendor> State<V> {
         if access.string {
             return Handled::Slow;
         }
+        trace::pio(!access.input, access.port, access.size_bytes.into(), 1);
         let done = if access.input {
             vm.irq.port_in(access.port, access.size_bytes).map(|value| self.set_accumulator(value, access.size_bytes))
         } else {

@@ -29,9 +29,9 @@ use crate::{
         cpu::{self, IrqsOff},
         kick::InGuest,
         lock::lock_killable,
-        signal, task, timer,
+        signal, task, timer, trace,
     },
-    guest::{exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    guest::{event::vector, exit::NestedFault, queue::Readiness, Event, Exception, Exit},
     mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -348,11 +348,13 @@ impl<V: Vendor> Vcpu<V> {
                 if state.events.triple_fault {
                     return Slow::Work;
                 }
+                trace::entry(self.peer.id, state.regs.rip);
                 state.debug.before_entry(&mut state.regs.rflags);
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
                 state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
+                trace::exit(self.peer.id, state.regs.rip, exit.number());
                 self.peer.stats.exit(&exit);
                 state.after_exit();
                 match exit {
@@ -514,7 +516,15 @@ impl<V: Vendor> State<V> {
         });
         events.nmis = events.nmis.saturating_add(nmis);
         if let Some(event) = entry.inject {
-            let stats = vm.peers.get(self.index).map(|peer| &peer.stats);
+            let peer = vm.peers.get(self.index);
+            let stats = peer.map(|peer| &peer.stats);
+            let (kind, vector) = match event {
+                Event::Interrupt(vector) => (0, vector),
+                Event::Nmi => (1, vector::NMI),
+                Event::Exception(exception) => (2, exception.vector),
+                Event::Software { vector, .. } => (2, vector),
+            };
+            trace::inject(peer.map_or(0, |peer| peer.id), kind, vector);
             match event {
                 Event::Nmi => {
                     // To learn when the handler ends.

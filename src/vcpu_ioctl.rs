@@ -65,7 +65,8 @@ impl<V: Vendor> Vcpu<V> {
                 let mut answer =
                     KvmTranslation { linear_address: asked.linear_address, ..KvmTranslation::new_zeroed() };
                 answer.physical_address = u64::MAX;
-                if let Ok(found) = found {
+                // Without paging every address but the one that means "none" is valid.
+                if let Some(found) = found.ok().filter(|found| found.gpa.0 != u64::MAX) {
                     answer.physical_address = found.gpa.0;
                     answer.valid = 1;
                     answer.writeable = u8::from(found.writable);

@@ -152,7 +152,7 @@ capabilities! {
     KVM_CAP_READONLY_MEM = 81, Value(1);
     KVM_CAP_IRQFD_RESAMPLE = 82, Value(1);
     KVM_CAP_DEVICE_CTRL = 89, No;
-    KVM_CAP_EXT_EMUL_CPUID = 95, No;
+    KVM_CAP_EXT_EMUL_CPUID = 95, Value(1);
     KVM_CAP_HYPERV_TIME = 96, No;
     KVM_CAP_IOAPIC_POLARITY_IGNORED = 97, Value(1);
     KVM_CAP_ENABLE_CAP_VM = 98, Value(1);

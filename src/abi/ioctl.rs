@@ -113,7 +113,7 @@ ioctls! {
     KVM_CHECK_EXTENSION = io(0x03), 0xAE03, S.or(V), Supported;
     KVM_GET_VCPU_MMAP_SIZE = io(0x04), 0xAE04, S, Supported;
     KVM_GET_SUPPORTED_CPUID = iowr::<KvmCpuid2>(0x05), 0xC008_AE05, S, Supported;
-    KVM_GET_EMULATED_CPUID = iowr::<KvmCpuid2>(0x09), 0xC008_AE09, S, Refused;
+    KVM_GET_EMULATED_CPUID = iowr::<KvmCpuid2>(0x09), 0xC008_AE09, S, Supported, "no feature is";
     KVM_GET_MSR_FEATURE_INDEX_LIST = iowr::<KvmMsrList>(0x0A), 0xC004_AE0A, S, Supported;
 
     KVM_CREATE_VCPU = io(0x41), 0xAE41, V, Supported;
