@@ -28,6 +28,7 @@ use crate::{
         timer::{self, Timer, TimerTarget},
         user,
     },
+    irq_eventfd::{Ioevent, IrqfdLine, Resampler},
     irqchip::{
         dest::Origin,
         ioapic::{Ioapic, STORM_PAUSE_NS, WINDOW_BYTES},
@@ -36,7 +37,6 @@ use crate::{
         routing::{self, Msi, Pins, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
         Bits256, Eoi, LineSource, LineStatus, Message,
     },
-    irq_eventfd::{Ioevent, IrqfdLine, Resampler},
     new_irq_spinlock,
     vcpu::Peers,
 };
@@ -447,7 +447,8 @@ impl Irq {
             0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.has_pic() => {}
             _ => {
                 let (port, len) = (port.into(), size_bytes.into());
-                return self.ioevent(true, port, len, value.into()) || self.coalesced.post(true, port, len, value.into());
+                return self.ioevent(true, port, len, value.into())
+                    || self.coalesced.post(true, port, len, value.into());
             }
         }
         let now = timer::now_ns();

@@ -14,7 +14,9 @@ use kernel::{
 use crate::{
     abi::{
         ioctl::*,
-        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2, KvmReinjectControl},
+        irq::{
+            KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2, KvmReinjectControl,
+        },
         vm::{
             KvmClearDirtyLog, KvmClockData, KvmCoalescedMmioZone, KvmDirtyLog, KvmEnableCap, KvmMsrFilter,
             KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
