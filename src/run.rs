@@ -74,7 +74,7 @@ struct Loaded<'a, V: Vendor> {
 impl<V: Vendor> Drop for Loaded<'_, V> {
     #[inline]
     fn drop(&mut self) {
-        self.state.hw.unload(self.irqs);
+        self.state.hw.unload(&mut self.state.regs, self.irqs);
     }
 }
 
