@@ -17,6 +17,7 @@
 #include <linux/types.h>
 
 #include "cpu.h"
+#include "vmx.h"
 
 /* fd.rs */
 struct file *anon_inode_getfile_fmode(const char *name, const struct file_operations *fops, void *priv, int flags,

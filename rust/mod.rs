@@ -26,3 +26,4 @@ pub(crate) mod timer;
 pub(crate) mod trace;
 pub(crate) mod user;
 pub(crate) mod virt;
+pub(crate) mod vmx;

@@ -331,6 +331,11 @@ impl<V: Vendor> State<V> {
             Exit::InterruptWindow => Ok(()),
             Exit::NmiWindow => {
                 self.hw.want_nmi_window(false);
+                self.events.nmi_masked = false;
+                Ok(())
+            }
+            Exit::NmiReturn => {
+                self.hw.want_nmi_window(false);
                 self.nmi_return = Some(self.regs.rip);
                 if self.events.nmis > 0 && self.regs.rflags & rflags::TF == 0 {
                     // Another one waits: the trap after IRET tells when it may go in.

@@ -44,13 +44,17 @@ mod vcpu;
 mod vcpu_ioctl;
 mod vendor;
 mod vm;
+mod vmx;
 
+use arch::cpuid::Vendor as CpuVendor;
 use dev::{Host, System};
 use glue::{
     debugfs,
     fd::{CharDevice, Node},
 };
 use svm::Svm;
+use vendor::Vendor;
+use vmx::Vmx;
 
 module! {
     type: Krab,
@@ -66,39 +70,52 @@ module! {
     },
 }
 
-#[pin_data]
-struct Krab {
-    #[pin]
-    device: CharDevice<System<Svm>>,
-    _kvm: Option<Pin<KBox<CharDevice<System<Svm>>>>>,
-    _debugfs: debugfs::Root<vcpu::Peers>,
+/// What is registered, with the vendor's room behind it that fits this CPU.
+enum Devices {
+    Amd(#[allow(dead_code)] Registered<Svm>),
+    Intel(#[allow(dead_code)] Registered<Vmx>),
 }
 
-impl kernel::InPlaceModule for Krab {
-    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        pin_init::pin_init_scope(|| {
-            let host = Host::new(Svm::probe()?)?;
-            let as_kvm = *module_parameters::kvm_node.value() != 0;
-            // Where KVM's tools look.
-            let root = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
-            let kvm = match as_kvm {
-                true => Some(serve_kvm(host.clone())?),
-                false => None,
-            };
-            Ok(try_pin_init!(Self {
-                device <- CharDevice::register(System(host), Node::KRAB),
-                _kvm: kvm,
-                _debugfs: root,
-            }? Error))
-        })
+/// The device nodes.
+struct Registered<V: Vendor> {
+    _krab: Pin<KBox<CharDevice<System<V>>>>,
+    _kvm: Option<Pin<KBox<CharDevice<System<V>>>>>,
+}
+
+impl<V: Vendor> Registered<V> {
+    /// `/dev/krab`, and `/dev/kvm` if it is wanted.
+    fn new(hardware: Arc<V>, as_kvm: bool) -> Result<Self> {
+        let host = Host::new(hardware)?;
+        let register = |node| KBox::pin_init(CharDevice::register(System(host.clone()), node), GFP_KERNEL);
+        let kvm = match as_kvm {
+            true => Some(register(Node::KVM).inspect_err(|error| {
+                if *error == EBUSY {
+                    pr_err!(
+                        "another module serves /dev/kvm: unload it (kvm_amd or kvm_intel), or load krab without kvm_node\n"
+                    );
+                }
+            })?),
+            false => None,
+        };
+        Ok(Self { _krab: register(Node::KRAB)?, _kvm: kvm })
     }
 }
 
-/// `/dev/kvm`, for programs that know no other path.
-fn serve_kvm(host: Arc<Host<Svm>>) -> Result<Pin<KBox<CharDevice<System<Svm>>>>> {
-    KBox::pin_init(CharDevice::register(System(host), Node::KVM), GFP_KERNEL).inspect_err(|error| {
-        if *error == EBUSY {
-            pr_err!("another module serves /dev/kvm: unload it (rmmod kvm_amd), or load krab without kvm_node\n");
-        }
-    })
+struct Krab {
+    _devices: Devices,
+    _debugfs: debugfs::Root<vcpu::Peers>,
+}
+
+impl kernel::Module for Krab {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        let as_kvm = *module_parameters::kvm_node.value() != 0;
+        // Where KVM's tools look.
+        let debugfs = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
+        let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
+            CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
+            // Intel, and who builds after it: Centaur, Zhaoxin.
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe()?, as_kvm)?),
+        };
+        Ok(Self { _devices: devices, _debugfs: debugfs })
+    }
 }

@@ -30,6 +30,7 @@ use crate::{
         Format, MemoryType, Prot,
     },
     vcpu::Peers,
+    vendor::Vendor,
 };
 
 /// One bit a page, set when the page is written.
@@ -77,6 +78,24 @@ pub(crate) struct Mapped<F: Format + 'static> {
     peers: Arc<Peers>,
 }
 
+/// What hardware's nested tables can be.
+#[derive(Clone, Copy)]
+pub(crate) struct NestedLimits {
+    levels: u8,
+    largest: Level,
+    no_large_execute: bool,
+}
+
+impl NestedLimits {
+    pub(crate) fn of<V: Vendor>(hardware: &V) -> Self {
+        Self {
+            levels: hardware.nested_levels(),
+            largest: hardware.nested_largest(),
+            no_large_execute: hardware.no_large_execute(),
+        }
+    }
+}
+
 /// Guest memory of one VM.
 #[pin_data]
 pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
@@ -86,6 +105,8 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     #[pin]
     update: Mutex<()>,
     root: Hpa,
+    /// The largest page that is mapped.
+    largest: Level,
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not write-protect, KVM_CLEAR_DIRTY_LOG does.
     manual_protect: AtomicBool,
     /// A new log begins with every page dirty.
@@ -156,12 +177,12 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
 }
 
 impl<F: Format + Send + Sync + 'static> Memory<F> {
-    /// No memory yet. `levels`: depth of the nested table.
-    pub(crate) fn new(peers: Arc<Peers>, levels: u8) -> impl PinInit<Self, Error> {
+    /// No memory yet.
+    pub(crate) fn new(peers: Arc<Peers>, limits: NestedLimits) -> impl PinInit<Self, Error> {
         let tables = move || -> Result<Nested<F>> {
             let mut pages = TablePages::new();
             pages.refill(TableStock::allocate(1)?);
-            let table = NestedTable::new(&mut pages, levels.into(), false).ok_or(ENOMEM)?;
+            let table = NestedTable::new(&mut pages, limits.levels.into(), limits.no_large_execute).ok_or(ENOMEM)?;
             Ok(Nested { table, pages })
         };
         pin_init::pin_init_scope(move || {
@@ -175,6 +196,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 })),
                 update <- new_mutex!(()),
                 root,
+                largest: limits.largest,
                 manual_protect: false.into(),
                 initially_dirty: false.into(),
             }? Error))
@@ -403,7 +425,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             let writable = slot.writable() && page.writable() && (fault.write || !slot.logs_dirty());
             let memory_type = if page.is_memory() { MemoryType::WriteBack } else { MemoryType::Uncached };
             let prot = Prot { write: writable, execute: true, accessed: true, dirty: fault.write, memory_type };
-            let limit = if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()) };
+            let limit =
+                if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()).min(self.largest) };
             // A refused write of a page that is there comes from dirty logging: its neighbours are there as well.
             let around = (limit == Level::Page4K && page.is_memory() && !fault.present)
                 .then(|| self.space.present(hva.wrapping_add(4096), AROUND, writable));

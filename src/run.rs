@@ -17,7 +17,10 @@ use crate::{
         stats::VcpuStat,
         vcpu::KvmRegs,
     },
-    arch::cr::{cr4, rflags},
+    arch::{
+        cr::{cr4, rflags},
+        Gpa,
+    },
     dirty_ring::DirtyRing,
     emul::Mode,
     exits::{Handled, ToUser},
@@ -29,9 +32,51 @@ use crate::{
         signal, task, timer, trace,
     },
     guest::{event::vector, exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
+
+/// A window in which the vCPU may run; the drop ends it.
+struct Session<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    begun: bool,
+}
+
+impl<V: Vendor> Session<'_, V> {
+    /// Loads the vCPU's hardware state for one stretch of interrupts off.
+    #[inline]
+    fn load<'a>(&'a mut self, irqs: &'a IrqsOff) -> Loaded<'a, V> {
+        if !self.begun {
+            self.begun = true;
+            self.state.hw.begin_window(irqs);
+        }
+        self.state.hw.load(irqs);
+        Loaded { state: self.state, irqs }
+    }
+}
+
+impl<V: Vendor> Drop for Session<'_, V> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.begun {
+            self.state.hw.end_window();
+        }
+    }
+}
+
+/// A vCPU whose hardware state is loaded; the drop unloads it, before interrupts are on.
+struct Loaded<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    irqs: &'a IrqsOff,
+}
+
+impl<V: Vendor> Drop for Loaded<'_, V> {
+    #[inline]
+    fn drop(&mut self) {
+        self.state.hw.unload(self.irqs);
+    }
+}
 
 /// Why the inner ring ended.
 enum Slow {
@@ -227,6 +272,9 @@ impl<V: Vendor> Vcpu<V> {
             self.peer.stats.count(VcpuStat::TlbFlush);
             core.state.forget_translations();
         }
+        if core.state.hw.wants_pdptes() {
+            core.state.load_pdptes(&self.vm);
+        }
         if requests & request::CLOCK != 0 {
             core.state.update_clock(&self.vm);
         }
@@ -260,18 +308,16 @@ impl<V: Vendor> Vcpu<V> {
         let window = fpu.enter();
         self.peer.stats.count(VcpuStat::FpuReload);
         let asked = state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
-        let mut first = true;
+        let mut session = Session { state, begun: false };
         loop {
             // Interrupts that came while they were off are taken between two rounds of this loop.
             let irqs = IrqsOff::new();
             cpu::rcu_quiescent(&irqs);
-            if first {
-                state.hw.begin_window(&irqs);
-                first = false;
-            }
             if task::softirq_pending() {
                 return Slow::Work;
             }
+            let loaded = session.load(&irqs);
+            let state = &mut *loaded.state;
             loop {
                 if !self.peer.inbox.is_empty() {
                     state.drain_inbox(&self.vm, &self.peer);
@@ -290,6 +336,9 @@ impl<V: Vendor> Vcpu<V> {
                 };
                 if !self.peer.inbox.is_empty() {
                     break;
+                }
+                if state.hw.wants_pdptes() {
+                    return Slow::Work;
                 }
                 let user_window = asked && state.accepts_user_interrupt();
                 if user_window && state.takes_user_interrupt() {
@@ -336,6 +385,20 @@ impl<V: Vendor> State<V> {
     fn forget_translations(&mut self) {
         self.hw.flush_tlb();
         self.code_cache.forget();
+    }
+
+    /// Reads the page-directory-pointer entries of PAE paging. Where there is no memory they are not present.
+    #[cold]
+    fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+        let table = Gpa(self.hw.cr3() & 0xFFFF_FFE0);
+        let mut entries = [0; 4];
+        for (entry, at) in entries.iter_mut().zip(0..) {
+            let mut bytes = [0; 8];
+            if vm.memory.view(true).read(Gpa(table.0 | at << 3), &mut bytes).is_ok() {
+                *entry = u64::from_le_bytes(bytes);
+            }
+        }
+        self.hw.set_pdptes(entries);
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.
@@ -478,7 +541,9 @@ impl<V: Vendor> State<V> {
         let mut more =
             entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
-            if entry.inject.is_some() {
+            if V::Vcpu::NMI_WINDOW {
+                self.hw.want_nmi_window(true);
+            } else if entry.inject.is_some() {
                 // The event goes in, and before its handler's first instruction comes the exit.
                 cpu::interrupt_self(irqs);
             } else if readiness.interrupts_enabled {

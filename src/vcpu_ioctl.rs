@@ -479,7 +479,7 @@ impl<V: Vendor> Core<V> {
             state.events.nmis = events.nmi.pending.min(2);
         }
         state.events.nmi_masked = events.nmi.masked != 0;
-        state.hw.want_nmi_window(state.events.nmi_masked);
+        state.hw.set_nmi_masked(state.events.nmi_masked);
         if events.flags & KVM_VCPUEVENT_VALID_SHADOW != 0 {
             state.hw.set_interrupt_shadow(events.interrupt.shadow != 0);
         }

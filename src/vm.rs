@@ -35,7 +35,7 @@ use crate::{
         timer, user,
     },
     irq::Irq,
-    memory::Memory,
+    memory::{Memory, NestedLimits},
     msrs::MsrFilter,
     stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
@@ -70,10 +70,10 @@ impl<V: Vendor> Vm<V> {
     pub(crate) fn new(host: Arc<Host<V>>) -> Result<Arc<Self>> {
         let host = InUse::new(host)?;
         let peers = Peers::new()?;
-        let levels = host.owner.hardware().nested_levels();
+        let limits = NestedLimits::of(&**host.owner.hardware());
         Ok(Arc::pin_init(
             try_pin_init!(Self {
-                memory <- Memory::new(peers.clone(), levels),
+                memory <- Memory::new(peers.clone(), limits),
                 irq <- Irq::new(peers.clone()),
                 setup <- new_mutex!(()),
                 peers,

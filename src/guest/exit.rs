@@ -47,8 +47,10 @@ pub enum Exit {
     HostNmi,
     /// The guest can take an interrupt now, and somebody waits for that.
     InterruptWindow,
-    /// The guest left its NMI handler.
+    /// The guest can take an NMI now, and somebody waits for that.
     NmiWindow,
+    /// The guest is at the IRET of its NMI handler.
+    NmiReturn,
     Exception(Exception),
     Cpuid,
     Hlt,
