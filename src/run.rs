@@ -74,7 +74,7 @@ struct Loaded<'a, V: Vendor> {
 impl<V: Vendor> Drop for Loaded<'_, V> {
     #[inline]
     fn drop(&mut self) {
-        self.state.hw.unload(self.irqs);
+        self.state.hw.unload(&mut self.state.regs, self.irqs);
     }
 }
 
@@ -496,6 +496,7 @@ impl<V: Vendor> State<V> {
     #[inline(never)]
     fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
         self.shadow_step = false;
+        self.await_deadline();
         let readiness = self.readiness();
         let blocked = self.debug.blocks_interrupts();
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;

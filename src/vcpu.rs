@@ -43,7 +43,7 @@ use crate::{
     guest::{queue::EventQueue, Regs},
     irqchip::{
         dest::{for_each_target, CardCell, Cards, Origin},
-        lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
+        lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, Lead, LocalSignal, Posted, Reset},
         Message,
     },
     msrs::MsrFilter,
@@ -313,6 +313,9 @@ pub(crate) struct State<V: Vendor> {
     /// An interrupt window or CR8 writes were asked for.
     pub(crate) windows_open: bool,
     pub(crate) timer: Pin<KBox<Timer<LapicTimer>>>,
+    lead: Lead,
+    /// Host TSC at the deadline whose interrupt is on its way to the guest.
+    deadline_tsc: Option<u64>,
     /// Index among the peers.
     pub(crate) index: usize,
     pub(crate) clock: VcpuClock,
@@ -418,6 +421,8 @@ impl<V: Vendor> Vcpu<V> {
             shadow_step: false,
             windows_open: false,
             timer,
+            lead: Lead::new(timer::tsc_khz()),
+            deadline_tsc: None,
             index,
             clock: VcpuClock::new(peer.clone()),
             debug: GuestDebug::default(),
@@ -462,7 +467,13 @@ impl<V: Vendor> State<V> {
         };
         let signals = peer.inbox.drain(lapic);
         if signals.timer {
-            let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+            let mut tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+            if let Some(Deadline::GuestTsc(at)) = lapic.deadline() {
+                if at.saturating_sub(tsc) <= self.lead.max() {
+                    self.deadline_tsc = Some(at.wrapping_sub(self.hw.tsc_offset()));
+                    tsc = tsc.max(at);
+                }
+            }
             lapic.timer_expired(timer::now_ns(), tsc);
             self.arm_timer();
         }
@@ -540,13 +551,27 @@ impl<V: Vendor> State<V> {
         }
     }
 
+    /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.
+    #[inline]
+    pub(crate) fn await_deadline(&mut self) {
+        let Some(deadline) = self.deadline_tsc.take() else { return };
+        let start = timer::tsc();
+        let late = start.wrapping_sub(deadline) as i64;
+        self.lead.learn(late);
+        let wait = if late < 0 { late.unsigned_abs().min(self.lead.max()) } else { 0 };
+        while timer::tsc().wrapping_sub(start) < wait {
+            core::hint::spin_loop();
+        }
+    }
+
     /// Sets the host timer to the local APIC's deadline. One that is no deadline any more fires in vain.
     pub(crate) fn arm_timer(&mut self) {
         match self.lapic.as_ref().and_then(|lapic| lapic.deadline()) {
             Some(Deadline::Ns(at)) => self.timer.arm(at),
             Some(Deadline::GuestTsc(at)) => {
                 let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
-                let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |s| s.nanoseconds(at.saturating_sub(tsc)));
+                let ticks = at.saturating_sub(tsc).saturating_sub(self.lead.ticks());
+                let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |s| s.nanoseconds(ticks));
                 self.timer.arm(timer::now_ns().saturating_add(ns));
             }
             None => {}

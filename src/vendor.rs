@@ -121,8 +121,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn end_window(&mut self);
     /// In each stretch of interrupts off, before the first `run`.
     fn load(&mut self, irqs: &IrqsOff);
-    /// At the end of each stretch of interrupts off in which `load` was called.
-    fn unload(&mut self, irqs: &IrqsOff);
-    /// Runs the guest until its next exit.
+    /// At the end of each stretch of interrupts off in which `load` was called. Only now is RSP sure to be in `regs`.
+    fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff);
+    /// Runs the guest until its next exit. RSP need not be in `regs` after exits whose quick handlers have no use for it.
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit;
 }

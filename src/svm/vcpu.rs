@@ -568,7 +568,7 @@ impl VendorVcpu for SvmVcpu {
     fn load(&mut self, _irqs: &IrqsOff) {}
 
     #[inline]
-    fn unload(&mut self, _irqs: &IrqsOff) {}
+    fn unload(&mut self, _regs: &mut Regs, _irqs: &IrqsOff) {}
 
     #[inline]
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit {

@@ -237,8 +237,10 @@ impl GuestState {
         if self.has(machine, group::INTERRUPTIBILITY) {
             return self.interruptibility.get();
         }
-        self.read_groups(machine, group::INTERRUPTIBILITY);
-        self.interruptibility.get()
+        let value = machine.vmcs.peek(Guest32::Interruptibility);
+        self.interruptibility.set(value);
+        self.valid.set(self.valid.get() | group::INTERRUPTIBILITY);
+        value
     }
 
     pub(super) fn set_interruptibility(&mut self, machine: &Machine, clear: u32, set: u32) {

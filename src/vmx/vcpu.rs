@@ -85,6 +85,8 @@ pub(crate) struct VmxVcpu {
     rip: u64,
     rsp: u64,
     rflags: u64,
+    /// RSP is not in `Regs` but only in the VMCS.
+    rsp_left: bool,
     /// Primary controls as they should be, and as the VMCS has them.
     primary: u32,
     written_primary: u32,
@@ -131,6 +133,7 @@ impl Vendor for Vmx {
             rip: 0,
             rsp: 0,
             rflags: 0,
+            rsp_left: false,
             primary: self.config.controls.primary
                 | if self.config.features.tpr_shadow { primary::TPR_SHADOW } else { 0 },
             written_primary: 0,
@@ -250,6 +253,13 @@ impl VmxVcpu {
         }
     }
 
+    /// Brings RSP to where everybody looks for it.
+    fn read_rsp(&mut self, regs: &mut Regs) {
+        self.rsp = self.machine.vmcs.peek(GuestNatural::Rsp);
+        regs.gpr[Gpr::Rsp as usize] = self.rsp;
+        self.rsp_left = false;
+    }
+
     /// What only VMX knows, in neutral words. What is the host's goes there at once.
     #[inline]
     fn neutral(&mut self, exit: VmExit, irqs: &IrqsOff) -> Exit {
@@ -306,6 +316,10 @@ impl VendorVcpu for VmxVcpu {
     const NMI_WINDOW: bool = true;
 
     fn reset(&mut self, init: bool) {
+        if core::mem::take(&mut self.rsp_left) {
+            // The VMCS is loaded, and what it has decides whether the next entry writes it.
+            self.rsp = self.machine.vmcs.peek(GuestNatural::Rsp);
+        }
         // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
         let caching = if init { self.state.cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
         let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
@@ -649,7 +663,10 @@ impl VendorVcpu for VmxVcpu {
         self.machine.host.flush_cache();
     }
 
-    fn unload(&mut self, irqs: &IrqsOff) {
+    fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff) {
+        if core::mem::take(&mut self.rsp_left) {
+            self.read_rsp(regs);
+        }
         let wanted = core::mem::take(&mut self.wanted);
         if wanted != 0 && self.machine.vmcs.is_current() {
             self.state.read_groups(&self.machine, wanted);
@@ -667,7 +684,7 @@ impl VendorVcpu for VmxVcpu {
         if self.state.is_dirty() {
             self.state.write_dirty(&self.machine, vmcs, regs.rflags);
         }
-        let rsp = regs.gpr[Gpr::Rsp as usize];
+        let rsp = if self.rsp_left { self.rsp } else { regs.gpr[Gpr::Rsp as usize] };
         for (field, value, old) in [
             (GuestNatural::Rip, regs.rip, &mut self.rip),
             (GuestNatural::Rsp, rsp, &mut self.rsp),
@@ -706,11 +723,10 @@ impl VendorVcpu for VmxVcpu {
         }
         self.state.ran();
         self.rip = vmcs.read(GuestNatural::Rip);
-        self.rsp = vmcs.read(GuestNatural::Rsp);
         self.rflags = vmcs.read(GuestNatural::Rflags);
         regs.rip = self.rip;
-        regs.gpr[Gpr::Rsp as usize] = self.rsp;
         regs.rflags = self.rflags;
+        self.rsp_left = true;
 
         let decoded = exit::decode(&vmcs);
         self.unfinished = decoded.unfinished;
@@ -723,6 +739,11 @@ impl VendorVcpu for VmxVcpu {
             Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
+            // MOV to a control register may be from RSP.
+            Exit::ControlRegister(_) => {
+                self.read_rsp(regs);
+                group::VOLATILE
+            }
             _ => group::VOLATILE,
         };
         exit

@@ -15,6 +15,7 @@ mod access;
 mod base;
 mod delivery;
 mod inbox;
+mod lead;
 pub mod regs;
 mod state;
 #[cfg(test)]
@@ -23,6 +24,7 @@ mod timer;
 
 pub use delivery::Delivery;
 pub use inbox::{Inbox, Posted, Signals};
+pub use lead::Lead;
 pub use regs::Lvt;
 pub use state::{StateError, STATE_BYTES};
 pub use timer::{Deadline, BUS_CYCLE_NS};

@@ -8,21 +8,12 @@
 use crate::arch::{
     cr::{cr0, cr4, efer},
     paging::{entry, ADDRESS},
-    Gpa,
 };
-
-/// Bytes that the four entries take in guest memory.
-pub const BYTES: usize = 32;
 
 /// Whether a guest with these registers has the four entries.
 #[inline]
 pub const fn in_use(cr0: u64, cr4: u64, efer: u64) -> bool {
     cr0 & cr0::PG != 0 && cr4 & cr4::PAE != 0 && efer & efer::LMA == 0
-}
-
-/// Where they are.
-pub const fn address(cr3: u64) -> Gpa {
-    Gpa(cr3 & 0xFFFF_FFE0)
 }
 
 /// Whether an entry may be loaded: one that is not present may hold anything.
@@ -35,18 +26,6 @@ pub const fn valid(entry: u64, physical_bits: u32) -> bool {
     entry & entry::P == 0 || entry & (!(ALLOWED | ADDRESS) | beyond & ADDRESS) == 0
 }
 
-/// The entries out of guest memory. `None`: a CPU would raise #GP instead of loading them.
-pub fn from_memory(bytes: &[u8; BYTES], physical_bits: u32) -> Option<[u64; 4]> {
-    let mut entries = [0; 4];
-    for (entry, bytes) in entries.iter_mut().zip(bytes.chunks_exact(8)) {
-        *entry = bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
-        if !valid(*entry, physical_bits) {
-            return None;
-        }
-    }
-    Some(entries)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,7 +35,6 @@ mod tests {
         let (pg, pae, lma) = (cr0::PE | cr0::PG, cr4::PAE, efer::LME | efer::LMA);
         assert!(in_use(pg, pae, 0) && in_use(pg, pae, efer::NXE));
         assert!(!in_use(cr0::PE, pae, 0) && !in_use(pg, cr4::PSE, 0) && !in_use(pg, pae, lma));
-        assert_eq!(address(0x1234_5678_9ABC_DEFF), Gpa(0x9ABC_DEE0));
     }
 
     #[test]
@@ -68,15 +46,5 @@ mod tests {
             assert!(!valid(bad, 39), "{bad:#x}");
         }
         assert!(valid(0x000F_FFFF_FFFF_F001, 52) && valid(0x000F_FFFF_FFFF_F001, 64));
-    }
-
-    #[test]
-    fn memory() {
-        let mut bytes = [0; BYTES];
-        bytes[..8].copy_from_slice(&0x1001u64.to_le_bytes());
-        bytes[24..].copy_from_slice(&0x0012_3456_7001u64.to_le_bytes());
-        assert_eq!(from_memory(&bytes, 39), Some([0x1001, 0, 0, 0x0012_3456_7001]));
-        bytes[8] = 3;
-        assert_eq!(from_memory(&bytes, 39), None);
     }
 }
