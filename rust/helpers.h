@@ -24,6 +24,8 @@ struct file *anon_inode_getfile_fmode(const char *name, const struct file_operat
 				      fmode_t f_mode);
 static const fmode_t krab_fmode_pread = FMODE_PREAD;
 
+unsigned long krab_vma_flags(const struct vm_area_struct *vma);
+
 /* debugfs.c */
 struct krab_debugfs_vm;
 void krab_debugfs_init(const char *name, const char *const *names, unsigned int count,

@@ -13,7 +13,7 @@ use crate::{
     },
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
-    glue::{fpu::GuestFpu, page::SharedPage, timer},
+    glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
@@ -182,23 +182,14 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn dr(&self, register: u8) -> u64 {
-        match register {
-            6 => self.state.hw.dr6(),
-            7 => self.state.hw.dr7(),
-            n => self.fpu.breakpoints[usize::from(n & 3)],
-        }
+        self.state.debug_register(self.fpu, register)
     }
 
     fn set_dr(&mut self, register: u8, value: u64) -> core::result::Result<(), Exception> {
-        match register {
-            6 | 7 if value >> 32 != 0 => return Err(Exception::GP0),
-            6 => self.state.hw.set_dr6(value & dr::DR6_WRITABLE | dr::DR6_INIT),
-            7 => {
-                self.state.hw.set_dr7(value & dr::DR7_WRITABLE | dr::DR7_INIT);
-                self.fpu.breakpoints_enabled = value & dr::DR7_ENABLES != 0;
-            }
-            n => self.fpu.breakpoints[usize::from(n & 3)] = value,
+        if matches!(register, 6 | 7) && value >> 32 != 0 {
+            return Err(Exception::GP0);
         }
+        self.state.set_debug_register(self.fpu, register, value);
         Ok(())
     }
 
@@ -276,6 +267,9 @@ impl<V: Vendor> Vcpu<V> {
     /// Emulates the instruction at RIP, which just made the guest exit. `fault`: what it tried, if that is why.
     /// `Some`: userspace is needed.
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
+        if let Some(fault) = fault.filter(|_| core.state.events.unfinished.is_some()) {
+            return Ok(Some(ToUser::Delivery { gpa: fault.gpa }));
+        }
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
             return Ok(self.emulation_failure(core));
@@ -309,8 +303,17 @@ impl<V: Vendor> Vcpu<V> {
             drop(emulated);
             // An instruction, or an iteration of one, is over.
             let over = state.regs.rip != rip || matches!(step, Step::Done) && emulator.is_repeating();
-            if traps && over && !matches!(step, Step::Fault(_)) {
+            if over && state.debug.steps() && !matches!(step, Step::Fault(_)) {
+                state.debug.instruction_over();
+            } else if traps && over && !matches!(step, Step::Fault(_)) {
                 state.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
+            }
+            match step {
+                Step::MmioRead { gpa, len } => trace::mmio(false, gpa.0, len.into(), 0),
+                Step::MmioWrite { gpa, data, len } => trace::mmio(true, gpa.0, len.into(), u64::from_le_bytes(data)),
+                Step::PortIn { port, size, count } => trace::pio(false, port, size.into(), count.into()),
+                Step::PortOut { port, size, count } => trace::pio(true, port, size.into(), count.into()),
+                _ => {}
             }
             let done = match step {
                 Step::Done => true,

@@ -25,7 +25,9 @@ mod policy;
 
 mod clock;
 mod coalesced;
+mod debug;
 mod dev;
+mod dirty_ring;
 mod emulation;
 mod enable_cap;
 mod exits;
@@ -46,7 +48,10 @@ mod vmx;
 
 use arch::cpuid::Vendor as CpuVendor;
 use dev::{Host, System};
-use glue::{debugfs, fd::CharDevice};
+use glue::{
+    debugfs,
+    fd::{CharDevice, Node},
+};
 use svm::Svm;
 use vendor::Vendor;
 use vmx::Vmx;
@@ -57,31 +62,60 @@ module! {
     authors: ["The Krab developers"],
     description: "Type-2 hypervisor with KVM's interface",
     license: "GPL",
+    params: {
+        kvm_node: u8 {
+            default: 0,
+            description: "1: serve /dev/kvm, too, where KVM is not loaded",
+        },
+    },
 }
 
-/// The device node, with the vendor's room behind it that fits this CPU.
-enum Node {
-    Amd(#[allow(dead_code)] Pin<KBox<CharDevice<System<Svm>>>>),
-    Intel(#[allow(dead_code)] Pin<KBox<CharDevice<System<Vmx>>>>),
+/// What is registered, with the vendor's room behind it that fits this CPU.
+enum Devices {
+    Amd(#[allow(dead_code)] Registered<Svm>),
+    Intel(#[allow(dead_code)] Registered<Vmx>),
 }
 
-fn register<V: Vendor>(hardware: Arc<V>) -> Result<Pin<KBox<CharDevice<System<V>>>>> {
-    KBox::pin_init(CharDevice::register(System(Host::new(hardware)?)), GFP_KERNEL)
+/// The device nodes.
+struct Registered<V: Vendor> {
+    _krab: Pin<KBox<CharDevice<System<V>>>>,
+    _kvm: Option<Pin<KBox<CharDevice<System<V>>>>>,
+}
+
+impl<V: Vendor> Registered<V> {
+    /// `/dev/krab`, and `/dev/kvm` if it is wanted.
+    fn new(hardware: Arc<V>, as_kvm: bool) -> Result<Self> {
+        let host = Host::new(hardware)?;
+        let register = |node| KBox::pin_init(CharDevice::register(System(host.clone()), node), GFP_KERNEL);
+        let kvm = match as_kvm {
+            true => Some(register(Node::KVM).inspect_err(|error| {
+                if *error == EBUSY {
+                    pr_err!(
+                        "another module serves /dev/kvm: unload it (kvm_amd or kvm_intel), or load krab without kvm_node\n"
+                    );
+                }
+            })?),
+            false => None,
+        };
+        Ok(Self { _krab: register(Node::KRAB)?, _kvm: kvm })
+    }
 }
 
 struct Krab {
-    _node: Node,
+    _devices: Devices,
     _debugfs: debugfs::Root<vcpu::Peers>,
 }
 
 impl kernel::Module for Krab {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        let debugfs = debugfs::Root::new(c"krab");
-        let node = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
-            CpuVendor::Amd => Node::Amd(register(Svm::probe()?)?),
+        let as_kvm = *module_parameters::kvm_node.value() != 0;
+        // Where KVM's tools look.
+        let debugfs = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
+        let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
+            CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
             // Intel, and who builds after it: Centaur, Zhaoxin.
-            CpuVendor::Intel | CpuVendor::Other => Node::Intel(register(Vmx::probe()?)?),
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe()?, as_kvm)?),
         };
-        Ok(Self { _node: node, _debugfs: debugfs })
+        Ok(Self { _devices: devices, _debugfs: debugfs })
     }
 }

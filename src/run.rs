@@ -21,6 +21,7 @@ use crate::{
         cr::{cr4, rflags},
         Gpa,
     },
+    dirty_ring::DirtyRing,
     emul::Mode,
     exits::{Handled, ToUser},
     glue::{
@@ -28,9 +29,9 @@ use crate::{
         cpu::{self, IrqsOff},
         kick::InGuest,
         lock::lock_killable,
-        signal, task, timer,
+        signal, task, timer, trace,
     },
-    guest::{exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    guest::{event::vector, exit::NestedFault, queue::Readiness, Event, Exception, Exit},
     mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -95,6 +96,7 @@ impl<V: Vendor> Vcpu<V> {
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
+        let _running = self.peer.run_here();
         core.state.update_steal_time(&self.vm);
         let _mask = core.signal_mask.map(signal::Masked::new);
         self.take_registers(core)?;
@@ -221,6 +223,12 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.update_steal_time(&self.vm);
             }
             self.serve_requests(core);
+            if let Some(reason) = core.state.take_step() {
+                return Ok(reason);
+            }
+            if self.peer.ring.as_ref().is_some_and(DirtyRing::is_nearly_full) {
+                return Ok(ToUser::DirtyRingFull);
+            }
             if let Some(reason) = core.state.apic_user.take() {
                 return Ok(reason);
             }
@@ -258,7 +266,9 @@ impl<V: Vendor> Vcpu<V> {
 
     /// What others asked for and what needs process context.
     fn serve_requests(&self, core: &mut Core<V>) {
-        core.state.drain_inbox(&self.vm, &self.peer);
+        if !self.peer.inbox.is_empty() {
+            core.state.drain_inbox(&self.vm, &self.peer);
+        }
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
             self.peer.stats.count(VcpuStat::TlbFlush);
@@ -340,9 +350,13 @@ impl<V: Vendor> Vcpu<V> {
                 if state.events.triple_fault {
                     return Slow::Work;
                 }
+                trace::entry(self.peer.id, state.regs.rip);
+                state.debug.before_entry(&mut state.regs.rflags);
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
+                state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
+                trace::exit(self.peer.id, state.regs.rip, exit.number());
                 self.peer.stats.exit(&exit);
                 state.after_exit();
                 match exit {
@@ -353,6 +367,7 @@ impl<V: Vendor> Vcpu<V> {
                         Handled::Resume if state.events.is_mid_delivery() => break,
                         // The guest may have changed its task priority without an exit.
                         Handled::Resume if state.apic_user.shared_word.is_some() => return Slow::Work,
+                        Handled::Resume if state.debug.has_stepped() => return Slow::Work,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),
@@ -471,7 +486,7 @@ impl<V: Vendor> State<V> {
                 self.hw.set_tpr(self.cr8);
             }
         }
-        let waits = self.interrupt_waits();
+        let waits = self.interrupt_waits() && !self.debug.blocks_interrupts();
         let held_back = self.held_back_by_tpr();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
@@ -483,8 +498,11 @@ impl<V: Vendor> State<V> {
     #[inline(never)]
     fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
         self.shadow_step = false;
+        self.await_deadline();
         let readiness = self.readiness();
+        let blocked = self.debug.blocks_interrupts();
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
+        let nmis = if blocked { core::mem::take(&mut events.nmis) } else { 0 };
         let entry = events.next(readiness, waits, || match lapic {
             Some(lapic) if *pic_signal && lapic.accepts_pic() => {
                 *pic_signal = false;
@@ -498,15 +516,33 @@ impl<V: Vendor> State<V> {
             }
             None => user_interrupt.take(),
         });
+        events.nmis = events.nmis.saturating_add(nmis);
         if let Some(event) = entry.inject {
-            if event == Event::Nmi {
-                // To learn when the handler ends.
-                self.hw.want_nmi_window(true);
+            let peer = vm.peers.get(self.index);
+            let stats = peer.map(|peer| &peer.stats);
+            let (kind, vector) = match event {
+                Event::Interrupt(vector) => (0, vector),
+                Event::Nmi => (1, vector::NMI),
+                Event::Exception(exception) => (2, exception.vector),
+                Event::Software { vector, .. } => (2, vector),
+            };
+            trace::inject(peer.map_or(0, |peer| peer.id), kind, vector);
+            match event {
+                Event::Nmi => {
+                    // To learn when the handler ends.
+                    self.hw.want_nmi_window(true);
+                    stats.inspect(|stats| stats.count(VcpuStat::NmiInjections));
+                }
+                Event::Interrupt(_) => {
+                    stats.inspect(|stats| stats.count(VcpuStat::IrqInjections));
+                }
+                _ => {}
             }
             self.hw.inject(event);
         }
         // Another one may wait behind the one that goes in now.
-        let mut more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
+        let mut more =
+            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
             if V::Vcpu::NMI_WINDOW {
                 self.hw.want_nmi_window(true);

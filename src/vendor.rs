@@ -97,6 +97,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_nmi_masked(&mut self, masked: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
+    fn want_breakpoints(&mut self, wanted: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.

