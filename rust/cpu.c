@@ -39,6 +39,10 @@ void krab_host_features(struct krab_host_features *features)
 		.ibpb = boot_cpu_has(X86_FEATURE_IBPB) && !cpu_mitigations_off(),
 		.ibpb_exit_to_user = boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER),
 		.bp_spec_reduce = boot_cpu_has(X86_FEATURE_SRSO_BP_SPEC_REDUCE),
+		.vmx = boot_cpu_has(X86_FEATURE_VMX),
+		.l1tf = boot_cpu_has_bug(X86_BUG_L1TF) && !cpu_mitigations_off(),
+		.flush_l1d = boot_cpu_has(X86_FEATURE_FLUSH_L1D),
+		.itlb_multihit = boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT) && !cpu_mitigations_off(),
 	};
 }
 

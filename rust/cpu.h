@@ -28,6 +28,13 @@ struct krab_host_features {
 	bool ibpb;
 	bool ibpb_exit_to_user;
 	bool bp_spec_reduce;
+	/* VMX: the CPU has it, and firmware and the kernel left it on. */
+	bool vmx;
+	/* The host takes measures against L1TF. */
+	bool l1tf;
+	bool flush_l1d;
+	/* The host takes measures against machine checks from large executable pages. */
+	bool itlb_multihit;
 };
 
 void krab_host_features(struct krab_host_features *features);

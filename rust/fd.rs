@@ -41,6 +41,11 @@ pub trait FileOperations: Send + Sync + Sized + 'static {
         None
     }
 
+    /// Whether a mapping may begin at page `first`. `shared`: writes go to the file's pages, and nothing in it is executed.
+    fn may_map(_this: ArcBorrow<'_, Self>, _first: u64, _shared: bool) -> bool {
+        true
+    }
+
     /// The whole contents of the file at this moment. May sleep.
     fn snapshot(_this: ArcBorrow<'_, Self>) -> Result<KVVec<u8>> {
         Err(EINVAL)
@@ -116,9 +121,17 @@ impl<T: FileOperations> FileTable<T> {
         0
     }
 
-    unsafe extern "C" fn mmap(_file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
-        // SAFETY: the kernel passes an area under construction, which only this call may change.
-        unsafe { (*vma).vm_ops = &Self::MAPPING };
+    unsafe extern "C" fn mmap(file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
+        // SAFETY: the kernel passes an open file with these operations, and an area under construction, which only this call may
+        // change.
+        unsafe {
+            let flags = own::krab_vma_flags(vma);
+            let shared = flags & (bindings::VM_SHARED | bindings::VM_EXEC) as c_ulong == bindings::VM_SHARED as c_ulong;
+            if !T::may_map(Self::object(file), (*vma).vm_pgoff as u64, shared) {
+                return EINVAL.to_errno();
+            }
+            (*vma).vm_ops = &Self::MAPPING;
+        }
         0
     }
 
@@ -191,14 +204,23 @@ pub fn anon_fd<T: FileOperations>(this: Arc<T>) -> Result<i32> {
 
 /// The module's device node: opening it creates nothing, only `ioctl` does.
 pub trait DeviceOperations: Send + Sync + 'static {
-    /// Name under `/dev`.
-    const NAME: &'static CStr;
-
     /// An `ioctl` with its raw command number and argument.
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize>;
 }
 
-/// A registered misc device with a dynamic minor; the node is mode 0600 until udev decides otherwise.
+/// A node under `/dev`.
+pub struct Node {
+    name: &'static CStr,
+    minor: u32,
+}
+
+impl Node {
+    pub const KRAB: Self = Self { name: c"krab", minor: bindings::MISC_DYNAMIC_MINOR };
+    /// KVM's own: same name, same number. Only one module can have it.
+    pub const KVM: Self = Self { name: c"kvm", minor: 232 };
+}
+
+/// A registered misc device; the node is mode 0600 until udev decides otherwise.
 ///
 /// # Invariants
 ///
@@ -225,14 +247,14 @@ impl<T: DeviceOperations> CharDevice<T> {
         ..pin_init::zeroed()
     };
 
-    /// Registers the node. It can be opened before this returns.
-    pub fn register(operations: T) -> impl PinInit<Self, Error> {
+    /// Registers the node. It can be opened before this returns. `EBUSY` when another module has its number.
+    pub fn register(operations: T, node: Node) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             operations,
-            device <- Opaque::try_ffi_init(|slot: *mut bindings::miscdevice| {
+            device <- Opaque::try_ffi_init(move |slot: *mut bindings::miscdevice| {
                 let device = bindings::miscdevice {
-                    minor: bindings::MISC_DYNAMIC_MINOR as c_int,
-                    name: T::NAME.as_char_ptr(),
+                    minor: node.minor as c_int,
+                    name: node.name.as_char_ptr(),
                     fops: &Self::FILE,
                     ..pin_init::zeroed()
                 };

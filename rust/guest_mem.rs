@@ -155,11 +155,12 @@ impl<T: Invalidate> AddressSpace<T> {
     /// The page at `hva`, made present and writable as wanted. May sleep. Errors: EFAULT nothing there, or not writable; EINTR a
     /// signal came first; `EHWPOISON` the page is broken; EIO not this address space.
     pub fn fault_in(&self, hva: Hva, want: Want) -> Result<HostPage> {
-        if let Some(page) = self.fault_in_fast(hva, want) {
-            return Ok(page);
-        }
         if !self.is_current() {
             return Err(EIO);
+        }
+        self.populate(hva, want);
+        if let Some(page) = self.fault_in_fast(hva, want) {
+            return Ok(page);
         }
         let address = hva.page_base().0 as usize;
         let write = if want == Want::Write { bindings::FOLL_WRITE } else { 0 };
@@ -175,6 +176,32 @@ impl<T: Invalidate> AddressSpace<T> {
             code if code == EINTR.to_errno() || code == EAGAIN.to_errno() => Err(EINTR),
             code if code == error::hwpoison().to_errno() => Err(error::hwpoison()),
             _ => self.remapped(hva, want),
+        }
+    }
+
+    /// Makes the page at `hva` present as a fault of the program itself would, holding the lock of its area alone: much cheaper than
+    /// what looks pages up. Where that does not do, others find out.
+    fn populate(&self, hva: Hva, want: Want) {
+        let task = kernel::current!();
+        let address = hva.page_base().0 as usize;
+        let Some(area) = task.mm().and_then(|mm| mm.lock_vma_under_rcu(address)) else { return };
+        let (right, write) = match want {
+            Want::Write => (flags::WRITE, bindings::fault_flag_FAULT_FLAG_WRITE),
+            Want::Read | Want::ReadMaybeWrite => (flags::READ, 0),
+        };
+        if area.flags() & (right | flags::IO | flags::PFNMAP) != right {
+            return;
+        }
+        let how = write
+            | bindings::fault_flag_FAULT_FLAG_VMA_LOCK
+            | bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY
+            | bindings::fault_flag_FAULT_FLAG_KILLABLE;
+        // SAFETY: the area is of the current address space and locked, and the access is one that it allows. No registers: it is not a
+        // fault of an instruction.
+        let outcome = unsafe { bindings::handle_mm_fault(area.as_ptr(), address, how, ptr::null_mut()) };
+        if outcome & (bindings::vm_fault_reason_VM_FAULT_RETRY | bindings::vm_fault_reason_VM_FAULT_COMPLETED) != 0 {
+            // The lock was let go on the way.
+            core::mem::forget(area);
         }
     }
 

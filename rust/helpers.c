@@ -29,6 +29,11 @@ void krab_put_page(struct page *page)
 	put_page(page);
 }
 
+unsigned long krab_vma_flags(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags;
+}
+
 /* user.rs */
 
 void krab_pagefault_disable(void)

@@ -17,11 +17,14 @@
 #include <linux/types.h>
 
 #include "cpu.h"
+#include "vmx.h"
 
 /* fd.rs */
 struct file *anon_inode_getfile_fmode(const char *name, const struct file_operations *fops, void *priv, int flags,
 				      fmode_t f_mode);
 static const fmode_t krab_fmode_pread = FMODE_PREAD;
+
+unsigned long krab_vma_flags(const struct vm_area_struct *vma);
 
 /* debugfs.c */
 struct krab_debugfs_vm;

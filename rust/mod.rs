@@ -23,5 +23,7 @@ pub(crate) mod srcu;
 pub(crate) mod tables;
 pub(crate) mod task;
 pub(crate) mod timer;
+pub(crate) mod trace;
 pub(crate) mod user;
 pub(crate) mod virt;
+pub(crate) mod vmx;

@@ -23,6 +23,12 @@ pub fn id() -> i32 {
     unsafe { (*current()).pid }
 }
 
+/// A number that no other task has at the same time; never 0.
+#[inline(always)]
+pub fn identity() -> usize {
+    current() as usize
+}
+
 /// The flags of the current task's thread; others may set bits at any time.
 #[inline(always)]
 fn thread_flags() -> usize {

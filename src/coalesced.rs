@@ -3,6 +3,11 @@
 //! on. KVM API "KVM_REGISTER_COALESCED_MMIO", for memory and for ports.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{
+    fence, AtomicBool,
+    Ordering::{Acquire, Release},
+};
+
 use kernel::prelude::*;
 
 use crate::{
@@ -42,6 +47,8 @@ impl Zone {
 pub(crate) struct Coalesced {
     ring: SharedPage,
     zones: SrcuCell<KVVec<Zone>>,
+    /// There were zones at some time.
+    any: AtomicBool,
     /// Held while an entry is added. Userspace takes entries out without it.
     #[pin]
     adding: IrqSpinLock<()>,
@@ -52,6 +59,7 @@ impl Coalesced {
         try_pin_init!(Self {
             ring: SharedPage::new()?,
             zones: SrcuCell::new(KVVec::new())?,
+            any: false.into(),
             adding <- new_irq_spinlock!((), "krab::coalesced"),
         }? Error)
     }
@@ -64,6 +72,9 @@ impl Coalesced {
     /// Puts a write into the ring. `false`: it is in no zone, or the ring is full, so userspace must see it now.
     #[inline]
     pub(crate) fn post(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
+        if !self.any.load(Acquire) {
+            return false;
+        }
         let zones = self.zones.read();
         let write = Zone { pio, address, size: len.into() };
         zones.iter().any(|zone| zone.contains(&write)) && self.add(&write, value)
@@ -85,7 +96,7 @@ impl Coalesced {
         };
         self.ring.write(ENTRIES + last as usize * size_of::<KvmCoalescedMmio>(), &entry);
         // The entry first, then the index that shows it: x86 keeps the order of stores, and this is one the compiler keeps, too.
-        core::sync::atomic::fence(core::sync::atomic::Ordering::Release);
+        fence(Release);
         self.ring.store(LAST, next);
         true
     }
@@ -101,6 +112,7 @@ impl Coalesced {
         all.extend_from_slice(&old, GFP_KERNEL_ACCOUNT)?;
         all.push(new, GFP_KERNEL_ACCOUNT)?;
         drop(old);
+        self.any.store(true, Release);
         self.zones.replace(all)
     }
 

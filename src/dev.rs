@@ -133,8 +133,6 @@ impl<V: Vendor> Drop for InUse<V> {
 pub(crate) struct System<V: Vendor>(pub(crate) Arc<Host<V>>);
 
 impl<V: Vendor> DeviceOperations for System<V> {
-    const NAME: &'static CStr = c"krab";
-
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
         let at = Hva(arg as u64);
         match cmd {
@@ -149,16 +147,11 @@ impl<V: Vendor> DeviceOperations for System<V> {
             }
             KVM_CREATE_VM => Err(EINVAL),
             KVM_CHECK_EXTENSION => Ok(self.0.check_extension(arg)),
-            KVM_GET_SUPPORTED_CPUID => {
-                let mut head: KvmCpuid2 = user::read(at)?;
-                let entries = &self.0.supported_cpuid;
-                if (head.nent as usize) < entries.len() {
-                    return Err(E2BIG);
-                }
-                head.nent = entries.len() as u32;
-                user::write(at, &head)?;
-                user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), &entries[..])?;
-                Ok(0)
+            KVM_GET_SUPPORTED_CPUID => give_cpuid(at, &self.0.supported_cpuid),
+            // The leaves that KVM shows, without a feature: none is emulated that the CPU does not have.
+            KVM_GET_EMULATED_CPUID => {
+                let entry = |function, eax| KvmCpuidEntry2 { function, eax, ..KvmCpuidEntry2::default() };
+                give_cpuid(at, &[entry(0, 7), entry(1, 0), entry(7, 0)])
             }
             KVM_GET_MSR_INDEX_LIST => write_list(at, || msr::index_list(&self.0.msr_config)),
             KVM_GET_MSR_FEATURE_INDEX_LIST => write_list(at, || msr::feature_list(&self.0.msr_config)),
@@ -173,6 +166,18 @@ impl<V: Vendor> DeviceOperations for System<V> {
             _ => Err(ENOTTY),
         }
     }
+}
+
+/// Writes a `struct kvm_cpuid2`; E2BIG when the caller has less room.
+fn give_cpuid(at: Hva, entries: &[KvmCpuidEntry2]) -> Result<isize> {
+    let mut head: KvmCpuid2 = user::read(at)?;
+    if (head.nent as usize) < entries.len() {
+        return Err(E2BIG);
+    }
+    head.nent = entries.len() as u32;
+    user::write(at, &head)?;
+    user::write(at.wrapping_add(size_of::<KvmCpuid2>() as u64), entries)?;
+    Ok(0)
 }
 
 /// Writes a `struct kvm_msr_list`: always its true length, and E2BIG when the caller has less room.

@@ -13,7 +13,7 @@ use crate::{
     },
     emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
-    glue::{fpu::GuestFpu, page::SharedPage, timer},
+    glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
     irqchip::lapic::Lapic,
     memory::View,
@@ -33,14 +33,21 @@ pub(crate) struct Found {
     rip: u64,
     gpa: Gpa,
     write: bool,
+    /// It is clear which of the instruction's accesses it is.
+    unique: bool,
 }
 
 impl Found {
-    /// Of the instruction `code` at `rip`. Not when it may read two places, because then nobody knows which of them it is.
-    fn new(rip: u64, fault: &NestedFault, code: &[u8]) -> Option<Self> {
-        // CMPS; also inside of an operand, which costs nothing but time.
-        let two_reads = code.iter().any(|byte| byte & 0xFE == 0xA6);
-        (!two_reads).then_some(Self { rip, gpa: fault.gpa, write: fault.write })
+    /// Of an instruction at `rip` that begins with `code`, if that is known.
+    fn new(rip: u64, fault: &NestedFault, code: Option<&[u8; 16]>) -> Self {
+        // CMPS reads two places. Its opcode may also be in an operand, which costs nothing but time.
+        const EACH: u128 = u128::MAX / 0xFF;
+        let two_reads = |code: &[u8; 16]| {
+            let opcode_is_zero = u128::from_le_bytes(*code) & EACH.wrapping_mul(0xFE) ^ EACH.wrapping_mul(0xA6);
+            // Some byte is zero: it borrows, and had no top bit itself.
+            opcode_is_zero.wrapping_sub(EACH) & !opcode_is_zero & EACH.wrapping_mul(0x80) != 0
+        };
+        Self { rip, gpa: fault.gpa, write: fault.write, unique: code.is_some_and(|code| !two_reads(code)) }
     }
 }
 
@@ -52,8 +59,10 @@ struct Emulated<'a, V: Vendor> {
     vm: &'a Vm<V>,
     /// Guest memory, from the first use on.
     view: Option<View<'a>>,
-    /// What the CPU found in the access that made it exit: spares the first translation.
+    /// What the CPU found in the access that made it exit: spares looking the device up.
     found: Option<Found>,
+    /// The translation of that access is still to come.
+    untranslated: bool,
     /// The last translation failed in a way that the guest has no exception for.
     lost: bool,
 }
@@ -63,6 +72,12 @@ impl<V: Vendor> Emulated<'_, V> {
     fn view(&mut self) -> &View<'_> {
         let vm = self.vm;
         self.view.get_or_insert_with(|| vm.memory.view(true))
+    }
+
+    /// Whether the CPU has just found a device there.
+    #[inline]
+    fn is_device(&self, at: Gpa, write: bool) -> bool {
+        self.found.is_some_and(|found| found.gpa.gfn() == at.gfn() && found.write == write)
     }
 }
 
@@ -167,23 +182,14 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn dr(&self, register: u8) -> u64 {
-        match register {
-            6 => self.state.hw.dr6(),
-            7 => self.state.hw.dr7(),
-            n => self.fpu.breakpoints[usize::from(n & 3)],
-        }
+        self.state.debug_register(self.fpu, register)
     }
 
     fn set_dr(&mut self, register: u8, value: u64) -> core::result::Result<(), Exception> {
-        match register {
-            6 | 7 if value >> 32 != 0 => return Err(Exception::GP0),
-            6 => self.state.hw.set_dr6(value & dr::DR6_WRITABLE | dr::DR6_INIT),
-            7 => {
-                self.state.hw.set_dr7(value & dr::DR7_WRITABLE | dr::DR7_INIT);
-                self.fpu.breakpoints_enabled = value & dr::DR7_ENABLES != 0;
-            }
-            n => self.fpu.breakpoints[usize::from(n & 3)] = value,
+        if matches!(register, 6 | 7) && value >> 32 != 0 {
+            return Err(Exception::GP0);
         }
+        self.state.set_debug_register(self.fpu, register, value);
         Ok(())
     }
 
@@ -192,10 +198,10 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn translate(&mut self, at: Gva, access: Access) -> core::result::Result<Gpa, Exception> {
-        if let Some(Found { gpa, write, .. }) = self.found {
+        if let (true, Some(Found { gpa, write, .. })) = (self.untranslated, self.found) {
             let same = if write { Access::Write } else { Access::Read };
             if access == same && at.page_offset() == gpa.page_offset() {
-                self.found = None;
+                self.untranslated = false;
                 return Ok(gpa);
             }
         }
@@ -219,10 +225,16 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
     }
 
     fn read_ram(&mut self, at: Gpa, to: &mut [u8]) -> core::result::Result<(), NotRam> {
+        if self.is_device(at, false) {
+            return Err(NotRam);
+        }
         self.view().read(at, to).map_err(|_| NotRam)
     }
 
     fn write_ram(&mut self, at: Gpa, from: &[u8]) -> core::result::Result<(), NotRam> {
+        if self.is_device(at, true) {
+            return Err(NotRam);
+        }
         self.view().write(at, from).map_err(|_| NotRam)
     }
 
@@ -255,22 +267,23 @@ impl<V: Vendor> Vcpu<V> {
     /// Emulates the instruction at RIP, which just made the guest exit. `fault`: what it tried, if that is why.
     /// `Some`: userspace is needed.
     pub(crate) fn emulate(&self, core: &mut Core<V>, fault: Option<&NestedFault>) -> Result<Option<ToUser>> {
+        if let Some(fault) = fault.filter(|_| core.state.events.unfinished.is_some()) {
+            return Ok(Some(ToUser::Delivery { gpa: fault.gpa }));
+        }
         if fault.is_some_and(|fault| fault.walk) {
             // The guest's page tables are in no memory.
             return Ok(self.emulation_failure(core));
         }
-        let mut code = [0; 15];
-        let mut len = 0;
-        let state = &core.state;
-        let assisted = fault.and(state.hw.instruction_bytes());
-        if let Some(bytes) = assisted.or(state.code.as_ref().map(|bytes| &bytes[..15])) {
+        let state = &mut core.state;
+        let (mut code, mut len) = ([0; 16], 0);
+        if let Some(bytes) = fault.and(state.hw.instruction_bytes()) {
             len = bytes.len().min(15);
             code[..len].copy_from_slice(&bytes[..len]);
+        } else if let Some(bytes) = state.code.take() {
+            (code, len) = (bytes, bytes.len());
         }
-        let code = code.get(..len).filter(|code| !code.is_empty());
-        core.found = fault.zip(code).and_then(|(fault, code)| Found::new(state.regs.rip, fault, code));
-        core.state.code = None;
-        self.emulate_on(core, code)
+        core.found = fault.map(|fault| Found::new(state.regs.rip, fault, (len != 0).then_some(&code)));
+        self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
     }
 
     /// Goes on with an instruction that waited for userspace, or begins one. `code`: its bytes, if they are known.
@@ -281,15 +294,26 @@ impl<V: Vendor> Vcpu<V> {
             let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
             let rip = state.regs.rip;
             let found = found.filter(|found| found.rip == rip);
-            let mut emulated = Emulated { state, fpu, data: &self.data, vm, view: None, found, lost: false };
+            let untranslated = found.is_some_and(|found| found.unique);
+            let mut emulated =
+                Emulated { state, fpu, data: &self.data, vm, view: None, found, untranslated, lost: false };
             let step = emulator.step(&mut emulated, code);
             self.peer.stats.count(VcpuStat::InsnEmulation);
             let lost = emulated.lost;
             drop(emulated);
             // An instruction, or an iteration of one, is over.
             let over = state.regs.rip != rip || matches!(step, Step::Done) && emulator.is_repeating();
-            if traps && over && !matches!(step, Step::Fault(_)) {
+            if over && state.debug.steps() && !matches!(step, Step::Fault(_)) {
+                state.debug.instruction_over();
+            } else if traps && over && !matches!(step, Step::Fault(_)) {
                 state.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
+            }
+            match step {
+                Step::MmioRead { gpa, len } => trace::mmio(false, gpa.0, len.into(), 0),
+                Step::MmioWrite { gpa, data, len } => trace::mmio(true, gpa.0, len.into(), u64::from_le_bytes(data)),
+                Step::PortIn { port, size, count } => trace::pio(false, port, size.into(), count.into()),
+                Step::PortOut { port, size, count } => trace::pio(true, port, size.into(), count.into()),
+                _ => {}
             }
             let done = match step {
                 Step::Done => true,

@@ -18,7 +18,8 @@ use crate::{
         },
     },
     dev::MAX_VCPUS,
-    irqchip::routing::MAX_ROUTES,
+    dirty_ring::entries_of,
+    irqchip::{lapic::BUS_CYCLE_NS, routing::MAX_ROUTES},
     vcpu::Core,
     vendor::Vendor,
     vm::Vm,
@@ -42,6 +43,8 @@ pub(crate) struct Enabled {
     max_vcpu_id: AtomicU32,
     /// The vCPU that starts at the reset vector.
     boot_cpu: AtomicU32,
+    /// The local APICs' bus clock.
+    bus_cycle_ns: AtomicU64,
 }
 
 impl Enabled {
@@ -55,6 +58,7 @@ impl Enabled {
             triple_fault_event: AtomicBool::new(false),
             max_vcpu_id: AtomicU32::new(0),
             boot_cpu: AtomicU32::new(0),
+            bus_cycle_ns: AtomicU64::new(BUS_CYCLE_NS),
         }
     }
 
@@ -81,6 +85,10 @@ impl Enabled {
 
     pub(crate) fn triple_fault_event(&self) -> bool {
         self.triple_fault_event.load(Relaxed)
+    }
+
+    pub(crate) fn bus_cycle_ns(&self) -> u64 {
+        self.bus_cycle_ns.load(Relaxed)
     }
 
     pub(crate) fn boot_cpu(&self) -> u32 {
@@ -120,6 +128,28 @@ impl<V: Vendor> Vm<V> {
             KVM_CAP_EXCEPTION_PAYLOAD => enabled.exception_payload.store(value != 0, Relaxed),
             KVM_CAP_X86_TRIPLE_FAULT_EVENT => enabled.triple_fault_event.store(value != 0, Relaxed),
             KVM_CAP_MAX_VCPU_ID => return self.limit_vcpu_ids(value),
+            KVM_CAP_X86_APIC_BUS_CYCLES_NS => {
+                // Ticks of 32 bits and a divisor of 128 must not overflow.
+                if value == 0 || value.checked_mul(u64::from(u32::MAX) * 128).is_none() {
+                    return Err(EINVAL);
+                }
+                let _setup = self.setup.lock();
+                if !self.has_irqchip() {
+                    return Err(ENXIO);
+                }
+                if self.peers.len() > 0 {
+                    return Err(EINVAL);
+                }
+                enabled.bus_cycle_ns.store(value, Relaxed);
+            }
+            KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+                let entries = entries_of(value)?;
+                let _setup = self.setup.lock();
+                if self.peers.len() > 0 || self.peers.ring_entries() != 0 {
+                    return Err(EINVAL);
+                }
+                self.peers.set_ring_entries(entries);
+            }
             KVM_CAP_SPLIT_IRQCHIP => {
                 let pins = u16::try_from(value).ok().filter(|&pins| usize::from(pins) <= MAX_ROUTES).ok_or(EINVAL)?;
                 let _setup = self.setup.lock();

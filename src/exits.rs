@@ -16,7 +16,7 @@ use crate::{
         Gpa, Gva,
     },
     emul::{skip_length, Intercepted, Mode},
-    glue::page::SharedPage,
+    glue::{page::SharedPage, trace},
     guest::{
         check,
         event::{vector, Exception},
@@ -66,8 +66,22 @@ pub(crate) enum ToUser {
         rip: u64,
         write: bool,
     },
+    /// Userspace has to empty the vCPU's dirty ring.
+    DirtyRingFull,
     FailEntry {
         reason: u64,
+    },
+    /// #DB or #BP, for userspace's debugger.
+    Debug {
+        exception: u8,
+        /// Linear address of the instruction.
+        pc: u64,
+        dr6: u64,
+        dr7: u64,
+    },
+    /// The delivery of an event touched a device.
+    Delivery {
+        gpa: Gpa,
     },
     /// KVM_INTERNAL_ERROR_EMULATION with the bytes of the instruction.
     Emulation {
@@ -104,6 +118,7 @@ impl ToUser {
             Self::Halt => KVM_EXIT_HLT,
             Self::Shutdown => KVM_EXIT_SHUTDOWN,
             Self::InterruptWindow => KVM_EXIT_IRQ_WINDOW_OPEN,
+            Self::DirtyRingFull => KVM_EXIT_DIRTY_RING_FULL,
             Self::IoapicEoi { vector } => {
                 run.write(EXIT_UNION, &ExitIoapicEoi { vector });
                 KVM_EXIT_IOAPIC_EOI
@@ -120,6 +135,18 @@ impl ToUser {
                 };
                 run.write(EXIT_UNION, &fail);
                 KVM_EXIT_FAIL_ENTRY
+            }
+            Self::Debug { exception, pc, dr6, dr7 } => {
+                run.write(EXIT_UNION, &ExitDebug { exception: exception.into(), pad: 0, pc, dr6, dr7 });
+                KVM_EXIT_DEBUG
+            }
+            Self::Delivery { gpa } => {
+                let mut data = [0; 16];
+                // KVM's first three are a vendor's exit information.
+                data[3] = gpa.0;
+                data[4] = crate::glue::cpu::current() as u64;
+                run.write(EXIT_UNION, &ExitInternalError { suberror: KVM_INTERNAL_ERROR_DELIVERY_EV, ndata: 5, data });
+                KVM_EXIT_INTERNAL_ERROR
             }
             Self::Emulation { bytes, len } => {
                 let failure = ExitEmulationFailure {
@@ -271,7 +298,9 @@ impl<V: Vendor> State<V> {
         self.regs.rip = next_rip;
         self.hw.set_interrupt_shadow(false);
         self.regs.rflags &= !rflags::RF;
-        if self.regs.rflags & rflags::TF != 0 {
+        if self.debug.steps() {
+            self.debug.instruction_over();
+        } else if self.regs.rflags & rflags::TF != 0 {
             self.events.raise(Exception { payload: Some(dr::DR6_BS), ..Exception::plain(vector::DB) });
         }
     }
@@ -302,6 +331,11 @@ impl<V: Vendor> State<V> {
             Exit::InterruptWindow => Ok(()),
             Exit::NmiWindow => {
                 self.hw.want_nmi_window(false);
+                self.events.nmi_masked = false;
+                Ok(())
+            }
+            Exit::NmiReturn => {
+                self.hw.want_nmi_window(false);
                 self.nmi_return = Some(self.regs.rip);
                 if self.events.nmis > 0 && self.regs.rflags & rflags::TF == 0 {
                     // Another one waits: the trap after IRET tells when it may go in.
@@ -323,6 +357,7 @@ impl<V: Vendor> State<V> {
                 }
             }
             Exit::Exception(Exception { vector: vector::UD, .. }) => return Handled::Slow,
+            Exit::Exception(_) if self.debug.is_on() => return Handled::Slow,
             Exit::Exception(exception) => {
                 self.handle_exception(*exception);
                 Ok(())
@@ -403,6 +438,7 @@ impl<V: Vendor> State<V> {
     }
 
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
+        trace::page_fault(self.index as u32, fault.gpa.0, fault.write, fault.execute, fault.present);
         match vm.memory.fault(fault, false) {
             Ok(Fault::Mapped) => Handled::Resume,
             Ok(Fault::Mmio) => Handled::Device,
@@ -415,6 +451,7 @@ impl<V: Vendor> State<V> {
         if access.string {
             return Handled::Slow;
         }
+        trace::pio(!access.input, access.port, access.size_bytes.into(), 1);
         let done = if access.input {
             vm.irq.port_in(access.port, access.size_bytes).map(|value| self.set_accumulator(value, access.size_bytes))
         } else {
@@ -512,6 +549,11 @@ impl<V: Vendor> Vcpu<V> {
     pub(crate) fn handle_slow(&self, core: &mut Core<V>, exit: &Exit) -> Result<Option<ToUser>> {
         let vm = &*self.vm;
         let state = &mut core.state;
+        if state.debug.is_on() {
+            if let Some(report) = state.debug_exit(exit) {
+                return Ok(Some(report));
+            }
+        }
         let skipped = match exit {
             Exit::NestedFault(fault) => match vm.memory.fault(fault, true)? {
                 Fault::Mapped | Fault::Sleep => return Ok(None),
@@ -538,8 +580,12 @@ impl<V: Vendor> Vcpu<V> {
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),
             Exit::Monitor => state.skip(vm, Intercepted::Monitor, true),
             Exit::Mwait => state.skip(vm, Intercepted::Mwait, true),
-            Exit::Exception(_) => {
+            Exit::Exception(Exception { vector: vector::UD, .. }) => {
                 state.handle_undefined(vm);
+                Ok(())
+            }
+            Exit::Exception(exception) => {
+                state.handle_exception(*exception);
                 Ok(())
             }
             Exit::Xsetbv => self.handle_xsetbv(core),

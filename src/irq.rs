@@ -28,6 +28,7 @@ use crate::{
         timer::{self, Timer, TimerTarget},
         user,
     },
+    irq_eventfd::{Ioevent, IrqfdLine, Resampler},
     irqchip::{
         dest::Origin,
         ioapic::{Ioapic, STORM_PAUSE_NS, WINDOW_BYTES},
@@ -36,7 +37,6 @@ use crate::{
         routing::{self, Msi, Pins, Route, RouteRules, Target, DEFAULT_ROUTES, MAX_ROUTES},
         Bits256, Eoi, LineSource, LineStatus, Message,
     },
-    irq_eventfd::{Ioevent, IrqfdLine, Resampler},
     new_irq_spinlock,
     vcpu::Peers,
 };
@@ -334,6 +334,8 @@ impl TimerTarget for StormTimer {
 pub(crate) struct Irq {
     pub(crate) controllers: Arc<Controllers>,
     pub(crate) ioevents: SrcuCell<KVVec<Ioevent>>,
+    /// There were ioeventfds at some time.
+    pub(crate) any_ioevents: core::sync::atomic::AtomicBool,
     #[pin]
     pub(crate) coalesced: Coalesced,
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
@@ -349,6 +351,7 @@ impl Irq {
         try_pin_init!(Self {
             controllers: Controllers::new(peers)?,
             ioevents: SrcuCell::new(KVVec::new())?,
+            any_ioevents: false.into(),
             coalesced <- Coalesced::new(),
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
@@ -444,7 +447,8 @@ impl Irq {
             0x20 | 0x21 | 0xA0 | 0xA1 | 0x4D0 | 0x4D1 | 0x40..=0x43 | 0x61 if self.has_pic() => {}
             _ => {
                 let (port, len) = (port.into(), size_bytes.into());
-                return self.ioevent(true, port, len, value.into()) || self.coalesced.post(true, port, len, value.into());
+                return self.ioevent(true, port, len, value.into())
+                    || self.coalesced.post(true, port, len, value.into());
             }
         }
         let now = timer::now_ns();
@@ -490,6 +494,9 @@ impl Irq {
 
     /// A read from the I/O APIC. `None`: userspace has the address.
     pub(crate) fn mmio_read(&self, gpa: Gpa, len: u8) -> Option<u64> {
+        if !self.exists() {
+            return None;
+        }
         let chips = self.controllers.chips.lock();
         let ioapic = &chips.irqchip.as_ref()?.ioapic;
         let offset = gpa.0.wrapping_sub(ioapic.base().0);
@@ -500,6 +507,9 @@ impl Irq {
     pub(crate) fn mmio_write(&self, gpa: Gpa, len: u8, value: u64) -> bool {
         if self.ioevent(false, gpa.0, len.into(), value) || self.coalesced.post(false, gpa.0, len.into(), value) {
             return true;
+        }
+        if !self.exists() {
+            return false;
         }
         let mut resample = None;
         {

@@ -3,6 +3,8 @@
 //! "KVM_IRQFD", "KVM_IOEVENTFD".
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::Ordering::{Acquire, Release};
+
 use kernel::{prelude::*, sync::Arc};
 
 use crate::{
@@ -65,6 +67,9 @@ impl Irq {
     /// Signals the ioeventfds for a write. Whether there was one.
     #[inline]
     pub(crate) fn ioevent(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
+        if !self.any_ioevents.load(Acquire) {
+            return false;
+        }
         let ioevents = self.ioevents.read();
         let hit = ioevents.iter().find(|event| {
             event.pio == pio
@@ -200,6 +205,7 @@ impl Irq {
                 all.push(event.clone(), GFP_KERNEL_ACCOUNT)?;
             }
             all.push(new, GFP_KERNEL_ACCOUNT)?;
+            self.any_ioevents.store(true, Release);
         }
         drop(old);
         self.ioevents.replace(all)

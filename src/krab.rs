@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Kernel crate root: the `krab` module. It looks at the CPUs, takes the vendor's room that fits, and registers `/dev/krab`.
 #![allow(unreachable_pub)]
-use kernel::prelude::*;
+use kernel::{prelude::*, sync::Arc};
 
 #[path = "../rust/mod.rs"]
 mod glue;
@@ -25,7 +25,9 @@ mod policy;
 
 mod clock;
 mod coalesced;
+mod debug;
 mod dev;
+mod dirty_ring;
 mod emulation;
 mod enable_cap;
 mod exits;
@@ -42,10 +44,17 @@ mod vcpu;
 mod vcpu_ioctl;
 mod vendor;
 mod vm;
+mod vmx;
 
+use arch::cpuid::Vendor as CpuVendor;
 use dev::{Host, System};
-use glue::{debugfs, fd::CharDevice};
+use glue::{
+    debugfs,
+    fd::{CharDevice, Node},
+};
 use svm::Svm;
+use vendor::Vendor;
+use vmx::Vmx;
 
 module! {
     type: Krab,
@@ -53,21 +62,61 @@ module! {
     authors: ["The Krab developers"],
     description: "Type-2 hypervisor with KVM's interface",
     license: "GPL",
+    params: {
+        kvm_node: u8 {
+            default: 0,
+            description: "1: serve /dev/kvm, too, where KVM is not loaded",
+        },
+    },
 }
 
-#[pin_data]
+/// What is registered, with the vendor's room behind it that fits this CPU.
+enum Devices {
+    Amd(#[allow(dead_code)] Registered<Svm>),
+    Intel(#[allow(dead_code)] Registered<Vmx>),
+}
+
+/// The device nodes.
+struct Registered<V: Vendor> {
+    _krab: Pin<KBox<CharDevice<System<V>>>>,
+    _kvm: Option<Pin<KBox<CharDevice<System<V>>>>>,
+}
+
+impl<V: Vendor> Registered<V> {
+    /// `/dev/krab`, and `/dev/kvm` if it is wanted.
+    fn new(hardware: Arc<V>, as_kvm: bool) -> Result<Self> {
+        let host = Host::new(hardware)?;
+        let register =
+            |node| KBox::pin_init(CharDevice::register(System(host.clone()), node), GFP_KERNEL);
+        let kvm = match as_kvm {
+            true => Some(register(Node::KVM).inspect_err(|error| {
+                if *error == EBUSY {
+                    pr_err!(
+                        "another module serves /dev/kvm: unload it (kvm_amd or kvm_intel), or load krab without kvm_node\n"
+                    );
+                }
+            })?),
+            false => None,
+        };
+        Ok(Self { _krab: register(Node::KRAB)?, _kvm: kvm })
+    }
+}
+
 struct Krab {
-    #[pin]
-    device: CharDevice<System<Svm>>,
+    _devices: Devices,
     _debugfs: debugfs::Root<vcpu::Peers>,
 }
 
-impl kernel::InPlaceModule for Krab {
-    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        pin_init::pin_init_scope(|| {
-            let system = System(Host::new(Svm::probe()?)?);
-            let root = debugfs::Root::new(c"krab");
-            Ok(try_pin_init!(Self { _debugfs: root, device <- CharDevice::register(system) }? Error))
-        })
+impl kernel::Module for Krab {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        let as_kvm = *module_parameters::kvm_node.value() != 0;
+        // Where KVM's tools look.
+        let debugfs = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
+        let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
+            CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
+            // Intel, and who builds after it: Centaur, Zhaoxin.
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe()?, as_kvm)?),
+        };
+        Ok(Self { _devices: devices, _debugfs: debugfs })
     }
 }

@@ -13,13 +13,13 @@ use kernel::{
 };
 
 use crate::{
-    abi::vm::{KvmClearDirtyLog, KvmDirtyLog, KvmUserspaceMemoryRegion},
+    abi::vm::{KvmClearDirtyLog, KvmDirtyLog, KvmPreFaultMemory, KvmUserspaceMemoryRegion},
     arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
     glue::{
         guest_mem::{AddressSpace, Invalidate, Want},
         srcu::{SrcuCell, SrcuGuard},
         tables::{TablePages, TableStock},
-        user,
+        task, user,
     },
     guest::exit::NestedFault,
     mmu::{
@@ -30,6 +30,7 @@ use crate::{
         Format, MemoryType, Prot,
     },
     vcpu::Peers,
+    vendor::Vendor,
 };
 
 /// One bit a page, set when the page is written.
@@ -77,6 +78,24 @@ pub(crate) struct Mapped<F: Format + 'static> {
     peers: Arc<Peers>,
 }
 
+/// What hardware's nested tables can be.
+#[derive(Clone, Copy)]
+pub(crate) struct NestedLimits {
+    levels: u8,
+    largest: Level,
+    no_large_execute: bool,
+}
+
+impl NestedLimits {
+    pub(crate) fn of<V: Vendor>(hardware: &V) -> Self {
+        Self {
+            levels: hardware.nested_levels(),
+            largest: hardware.nested_largest(),
+            no_large_execute: hardware.no_large_execute(),
+        }
+    }
+}
+
 /// Guest memory of one VM.
 #[pin_data]
 pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
@@ -86,6 +105,8 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     #[pin]
     update: Mutex<()>,
     root: Hpa,
+    /// The largest page that is mapped.
+    largest: Level,
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not write-protect, KVM_CLEAR_DIRTY_LOG does.
     manual_protect: AtomicBool,
     /// A new log begins with every page dirty.
@@ -156,12 +177,12 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
 }
 
 impl<F: Format + Send + Sync + 'static> Memory<F> {
-    /// No memory yet. `levels`: depth of the nested table.
-    pub(crate) fn new(peers: Arc<Peers>, levels: u8) -> impl PinInit<Self, Error> {
+    /// No memory yet.
+    pub(crate) fn new(peers: Arc<Peers>, limits: NestedLimits) -> impl PinInit<Self, Error> {
         let tables = move || -> Result<Nested<F>> {
             let mut pages = TablePages::new();
             pages.refill(TableStock::allocate(1)?);
-            let table = NestedTable::new(&mut pages, levels.into(), false).ok_or(ENOMEM)?;
+            let table = NestedTable::new(&mut pages, limits.levels.into(), limits.no_large_execute).ok_or(ENOMEM)?;
             Ok(Nested { table, pages })
         };
         pin_init::pin_init_scope(move || {
@@ -175,6 +196,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 })),
                 update <- new_mutex!(()),
                 root,
+                largest: limits.largest,
                 manual_protect: false.into(),
                 initially_dirty: false.into(),
             }? Error))
@@ -258,6 +280,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
 
     /// KVM_GET_DIRTY_LOG: writes the slot's bitmap to userspace, clears it, and catches the next write to each page.
     pub(crate) fn get_dirty_log(&self, request: &KvmDirtyLog) -> Result {
+        if self.space.peers.ring_entries() != 0 {
+            return Err(ENXIO);
+        }
         let _update = self.update.lock();
         let slots = self.space.slots.read();
         let (slot, words) = logged(&slots, request.slot)?;
@@ -291,6 +316,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
 
     /// KVM_CLEAR_DIRTY_LOG: clears the bits that userspace's bitmap has, and catches the next write to each of their pages.
     pub(crate) fn clear_dirty_log(&self, request: &KvmClearDirtyLog) -> Result {
+        if self.space.peers.ring_entries() != 0 {
+            return Err(ENXIO);
+        }
         let _update = self.update.lock();
         let slots = self.space.slots.read();
         let (slot, words) = logged(&slots, request.slot)?;
@@ -318,6 +346,33 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         read
     }
 
+    /// KVM_RESET_DIRTY_RINGS: frees the entries that userspace is done with, and catches the next write to each of their pages.
+    /// Returns how many there were. `EINVAL` without rings.
+    pub(crate) fn reset_dirty_rings(&self) -> Result<isize> {
+        if self.space.peers.ring_entries() == 0 {
+            return Err(EINVAL);
+        }
+        let _update = self.update.lock();
+        let slots = self.space.slots.read();
+        let mut count = 0usize;
+        for ring in self.space.peers.iter().filter_map(|peer| peer.ring.as_ref()) {
+            let protect = |number: u32, page: u64| {
+                let id = u16::try_from(number).ok();
+                let slot = id.and_then(|id| slots::find_id(&slots, id)).and_then(|at| slots.get(at));
+                if let Some(slot) = slot.filter(|slot| page < slot.pages) {
+                    let mut nested = self.space.nested.lock();
+                    let Nested { table, pages } = &mut *nested;
+                    table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), 1);
+                }
+            };
+            count = count.wrapping_add(ring.collect(protect));
+        }
+        if count > 0 {
+            self.space.peers.flush_tlbs();
+        }
+        Ok(count as isize)
+    }
+
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
     pub(crate) fn set_manual_protect(&self, enable: bool, initially_dirty: bool) {
         self.manual_protect.store(enable, Relaxed);
@@ -325,7 +380,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     }
 
     fn new_log(&self, request: &slots::Request) -> Result<DirtyLog> {
-        if request.flags & flags::LOG_DIRTY_PAGES == 0 {
+        // With dirty rings there is no bitmap.
+        if request.flags & flags::LOG_DIRTY_PAGES == 0 || self.space.peers.ring_entries() != 0 {
             return Ok(None);
         }
         let count = request.memory_size >> 12;
@@ -369,7 +425,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             let writable = slot.writable() && page.writable() && (fault.write || !slot.logs_dirty());
             let memory_type = if page.is_memory() { MemoryType::WriteBack } else { MemoryType::Uncached };
             let prot = Prot { write: writable, execute: true, accessed: true, dirty: fault.write, memory_type };
-            let limit = if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()) };
+            let limit =
+                if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()).min(self.largest) };
             // A refused write of a page that is there comes from dirty logging: its neighbours are there as well.
             let around = (limit == Level::Page4K && page.is_memory() && !fault.present)
                 .then(|| self.space.present(hva.wrapping_add(4096), AROUND, writable));
@@ -404,7 +461,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
             }
             if fault.write {
-                mark_dirty(slot, gfn);
+                mark_dirty(&self.space.peers, slot, gfn);
             }
             let retired = pages.has_retired().then(|| pages.take_retired());
             drop(nested);
@@ -417,11 +474,36 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         }
     }
 
+    /// KVM_PRE_FAULT_MEMORY: maps a range as if the guest had read it. `range` is what is left when it returns; an error counts only
+    /// where nothing was done. `EINVAL` for a bad range, `ENOENT` where there is no slot, `EINTR` when a signal came.
+    pub(crate) fn pre_fault(&self, range: &mut KvmPreFaultMemory) -> Result {
+        let end = range.gpa.checked_add(range.size).filter(|end| *end > range.gpa);
+        if range.flags != 0 || (range.gpa | range.size) % 4096 != 0 || end.is_none() {
+            return Err(EINVAL);
+        }
+        let asked = range.size;
+        while range.size > 0 {
+            let fault = NestedFault { gpa: Gpa(range.gpa), write: false, execute: false, present: false, walk: false };
+            let work = if task::work_pending() { task::handle_work() } else { Ok(()) };
+            match work.and_then(|()| self.fault(&fault, true)) {
+                Ok(Fault::Mapped) => {
+                    range.gpa = range.gpa.wrapping_add(4096);
+                    range.size = range.size.wrapping_sub(4096);
+                }
+                Ok(Fault::Sleep) => {}
+                Ok(Fault::Mmio) | Err(_) if range.size != asked => return Ok(()),
+                Ok(Fault::Mmio) => return Err(ENOENT),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// Guest memory by guest physical address, as it is until the view is dropped. With `may_sleep` off it works with
     /// interrupts off.
     #[inline]
     pub(crate) fn view(&self, may_sleep: bool) -> View<'_> {
-        View { slots: self.space.slots.read(), may_sleep }
+        View { slots: self.space.slots.read(), peers: &self.space.peers, may_sleep }
     }
 }
 
@@ -433,17 +515,20 @@ fn logged(slots: &Slots, number: u32) -> Result<(&Slot, &KVVec<AtomicU64>)> {
     Ok((slot, words))
 }
 
-fn mark_dirty(slot: &Slot, gfn: Gfn) {
+fn mark_dirty(peers: &Peers, slot: &Slot, gfn: Gfn) {
     if let (Some(words), Some(index)) = (&slot.attachment, slot.index(gfn)) {
         if let Some(log) = dirty::DirtyBitmap::new(words, slot.pages) {
             log.mark(index);
         }
+    } else if let (true, Some(index)) = (slot.logs_dirty(), slot.index(gfn)) {
+        peers.push_dirty(slot.id.into(), index);
     }
 }
 
 /// Guest memory as the walker and the emulator see it.
 pub(crate) struct View<'a> {
     slots: SrcuGuard<'a, Slots>,
+    peers: &'a Peers,
     may_sleep: bool,
 }
 
@@ -494,7 +579,7 @@ impl View<'_> {
         let found = if self.may_sleep { exchange() } else { user::with_faults_off(exchange) };
         let done = found.map_err(|_| self.refused())?.is_none();
         if done {
-            mark_dirty(slot, gpa.gfn());
+            mark_dirty(self.peers, slot, gpa.gfn());
         }
         Ok(done)
     }
@@ -558,7 +643,7 @@ impl GuestMem for View<'_> {
             let written =
                 if self.may_sleep { user::write_bytes(hva, from) } else { user::write_bytes_nofault(hva, from) };
             written.map_err(|_| self.refused())?;
-            mark_dirty(slot, gpa.gfn());
+            mark_dirty(self.peers, slot, gpa.gfn());
             Ok(())
         })
     }

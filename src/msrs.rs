@@ -13,7 +13,7 @@ use crate::{
     emul::Intercepted,
     emulation::write_time,
     exits::{NotNow, ToUser},
-    glue::{cpu, fpu::GuestFpu, kick::KickPoint, timer, user},
+    glue::{cpu, fpu::GuestFpu, kick::KickPoint, timer, trace, user},
     guest::{Exception, Gpr},
     policy::msr::{
         filter::{self, Access},
@@ -173,7 +173,8 @@ impl<V: Vendor> State<V> {
 
     fn rdmsr(&mut self, vm: &Vm<V>, fpu: Option<&GuestFpu>, may_sleep: bool) -> Result<(), Stopped> {
         let (index, _) = self.msr_operands();
-        let value = self.read_msr(vm, fpu, index, By::Guest)?;
+        let value = self.read_msr(vm, fpu, index, By::Guest).inspect_err(|_| trace::msr(false, index, 0, true))?;
+        trace::msr(false, index, value, false);
         self.skip(vm, Intercepted::Rdmsr, may_sleep)?;
         self.set_msr_result(value);
         Ok(())
@@ -183,7 +184,9 @@ impl<V: Vendor> State<V> {
         let (index, value) = self.msr_operands();
         // The length first: what the write does must not happen twice.
         let next = self.next_instruction(vm, Intercepted::Wrmsr, may_sleep)?;
-        self.write_msr(vm, fpu, index, value, By::Guest)?;
+        let written = self.write_msr(vm, fpu, index, value, By::Guest);
+        trace::msr(true, index, value, written.is_err());
+        written?;
         self.completed(next);
         Ok(())
     }

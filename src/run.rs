@@ -17,7 +17,11 @@ use crate::{
         stats::VcpuStat,
         vcpu::KvmRegs,
     },
-    arch::cr::{cr4, rflags},
+    arch::{
+        cr::{cr4, rflags},
+        Gpa,
+    },
+    dirty_ring::DirtyRing,
     emul::Mode,
     exits::{Handled, ToUser},
     glue::{
@@ -25,12 +29,54 @@ use crate::{
         cpu::{self, IrqsOff},
         kick::InGuest,
         lock::lock_killable,
-        signal, task, timer,
+        signal, task, timer, trace,
     },
-    guest::{exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    guest::{event::vector, exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
+
+/// A window in which the vCPU may run; the drop ends it.
+struct Session<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    begun: bool,
+}
+
+impl<V: Vendor> Session<'_, V> {
+    /// Loads the vCPU's hardware state for one stretch of interrupts off.
+    #[inline]
+    fn load<'a>(&'a mut self, irqs: &'a IrqsOff) -> Loaded<'a, V> {
+        if !self.begun {
+            self.begun = true;
+            self.state.hw.begin_window(irqs);
+        }
+        self.state.hw.load(irqs);
+        Loaded { state: self.state, irqs }
+    }
+}
+
+impl<V: Vendor> Drop for Session<'_, V> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.begun {
+            self.state.hw.end_window();
+        }
+    }
+}
+
+/// A vCPU whose hardware state is loaded; the drop unloads it, before interrupts are on.
+struct Loaded<'a, V: Vendor> {
+    state: &'a mut State<V>,
+    irqs: &'a IrqsOff,
+}
+
+impl<V: Vendor> Drop for Loaded<'_, V> {
+    #[inline]
+    fn drop(&mut self) {
+        self.state.hw.unload(&mut self.state.regs, self.irqs);
+    }
+}
 
 /// Why the inner ring ended.
 enum Slow {
@@ -50,6 +96,7 @@ impl<V: Vendor> Vcpu<V> {
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
+        let _running = self.peer.run_here();
         core.state.update_steal_time(&self.vm);
         let _mask = core.signal_mask.map(signal::Masked::new);
         self.take_registers(core)?;
@@ -176,6 +223,12 @@ impl<V: Vendor> Vcpu<V> {
                 core.state.update_steal_time(&self.vm);
             }
             self.serve_requests(core);
+            if let Some(reason) = core.state.take_step() {
+                return Ok(reason);
+            }
+            if self.peer.ring.as_ref().is_some_and(DirtyRing::is_nearly_full) {
+                return Ok(ToUser::DirtyRingFull);
+            }
             if let Some(reason) = core.state.apic_user.take() {
                 return Ok(reason);
             }
@@ -219,6 +272,9 @@ impl<V: Vendor> Vcpu<V> {
             self.peer.stats.count(VcpuStat::TlbFlush);
             core.state.forget_translations();
         }
+        if core.state.hw.wants_pdptes() {
+            core.state.load_pdptes(&self.vm);
+        }
         if requests & request::CLOCK != 0 {
             core.state.update_clock(&self.vm);
         }
@@ -252,18 +308,16 @@ impl<V: Vendor> Vcpu<V> {
         let window = fpu.enter();
         self.peer.stats.count(VcpuStat::FpuReload);
         let asked = state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
-        let mut first = true;
+        let mut session = Session { state, begun: false };
         loop {
             // Interrupts that came while they were off are taken between two rounds of this loop.
             let irqs = IrqsOff::new();
             cpu::rcu_quiescent(&irqs);
-            if first {
-                state.hw.begin_window(&irqs);
-                first = false;
-            }
             if task::softirq_pending() {
                 return Slow::Work;
             }
+            let loaded = session.load(&irqs);
+            let state = &mut *loaded.state;
             loop {
                 if !self.peer.inbox.is_empty() {
                     state.drain_inbox(&self.vm, &self.peer);
@@ -283,6 +337,9 @@ impl<V: Vendor> Vcpu<V> {
                 if !self.peer.inbox.is_empty() {
                     break;
                 }
+                if state.hw.wants_pdptes() {
+                    return Slow::Work;
+                }
                 let user_window = asked && state.accepts_user_interrupt();
                 if user_window && state.takes_user_interrupt() {
                     return Slow::InterruptWindow;
@@ -291,9 +348,13 @@ impl<V: Vendor> Vcpu<V> {
                 if state.events.triple_fault {
                     return Slow::Work;
                 }
+                trace::entry(self.peer.id, state.regs.rip);
+                state.debug.before_entry(&mut state.regs.rflags);
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
+                state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
                 drop(in_guest);
+                trace::exit(self.peer.id, state.regs.rip, exit.number());
                 self.peer.stats.exit(&exit);
                 state.after_exit();
                 match exit {
@@ -304,6 +365,7 @@ impl<V: Vendor> Vcpu<V> {
                         Handled::Resume if state.events.is_mid_delivery() => break,
                         // The guest may have changed its task priority without an exit.
                         Handled::Resume if state.apic_user.shared_word.is_some() => return Slow::Work,
+                        Handled::Resume if state.debug.has_stepped() => return Slow::Work,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
                         Handled::Slow => return Slow::Exit(exit),
@@ -323,6 +385,20 @@ impl<V: Vendor> State<V> {
     fn forget_translations(&mut self) {
         self.hw.flush_tlb();
         self.code_cache.forget();
+    }
+
+    /// Reads the page-directory-pointer entries of PAE paging. Where there is no memory they are not present.
+    #[cold]
+    fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+        let table = Gpa(self.hw.cr3() & 0xFFFF_FFE0);
+        let mut entries = [0; 4];
+        for (entry, at) in entries.iter_mut().zip(0..) {
+            let mut bytes = [0; 8];
+            if vm.memory.view(true).read(Gpa(table.0 | at << 3), &mut bytes).is_ok() {
+                *entry = u64::from_le_bytes(bytes);
+            }
+        }
+        self.hw.set_pdptes(entries);
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.
@@ -408,7 +484,7 @@ impl<V: Vendor> State<V> {
                 self.hw.set_tpr(self.cr8);
             }
         }
-        let waits = self.interrupt_waits();
+        let waits = self.interrupt_waits() && !self.debug.blocks_interrupts();
         let held_back = self.held_back_by_tpr();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
@@ -420,8 +496,11 @@ impl<V: Vendor> State<V> {
     #[inline(never)]
     fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
         self.shadow_step = false;
+        self.await_deadline();
         let readiness = self.readiness();
+        let blocked = self.debug.blocks_interrupts();
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
+        let nmis = if blocked { core::mem::take(&mut events.nmis) } else { 0 };
         let entry = events.next(readiness, waits, || match lapic {
             Some(lapic) if *pic_signal && lapic.accepts_pic() => {
                 *pic_signal = false;
@@ -435,17 +514,37 @@ impl<V: Vendor> State<V> {
             }
             None => user_interrupt.take(),
         });
+        events.nmis = events.nmis.saturating_add(nmis);
         if let Some(event) = entry.inject {
-            if event == Event::Nmi {
-                // To learn when the handler ends.
-                self.hw.want_nmi_window(true);
+            let peer = vm.peers.get(self.index);
+            let stats = peer.map(|peer| &peer.stats);
+            let (kind, vector) = match event {
+                Event::Interrupt(vector) => (0, vector),
+                Event::Nmi => (1, vector::NMI),
+                Event::Exception(exception) => (2, exception.vector),
+                Event::Software { vector, .. } => (2, vector),
+            };
+            trace::inject(peer.map_or(0, |peer| peer.id), kind, vector);
+            match event {
+                Event::Nmi => {
+                    // To learn when the handler ends.
+                    self.hw.want_nmi_window(true);
+                    stats.inspect(|stats| stats.count(VcpuStat::NmiInjections));
+                }
+                Event::Interrupt(_) => {
+                    stats.inspect(|stats| stats.count(VcpuStat::IrqInjections));
+                }
+                _ => {}
             }
             self.hw.inject(event);
         }
         // Another one may wait behind the one that goes in now.
-        let mut more = entry.interrupt_window || user_window || entry.inject.is_some() && self.interrupt_waits();
+        let mut more =
+            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
-            if entry.inject.is_some() {
+            if V::Vcpu::NMI_WINDOW {
+                self.hw.want_nmi_window(true);
+            } else if entry.inject.is_some() {
                 // The event goes in, and before its handler's first instruction comes the exit.
                 cpu::interrupt_self(irqs);
             } else if readiness.interrupts_enabled {

@@ -2,7 +2,7 @@
 //! Virtual CPUs: what others see of one, what its own thread works on, and its file descriptor.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use kernel::{
     prelude::*,
@@ -18,14 +18,16 @@ use crate::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
             KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
         },
-        vm::KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
+        vm::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_X86_QUIRK_STUFF_FEATURE_MSRS},
     },
     arch::{
         cr::rflags,
         segment::{Segment, SegmentName},
     },
     clock::VcpuClock,
+    debug::GuestDebug,
     dev::MAX_VCPUS,
+    dirty_ring::DirtyRing,
     emul::Emulator,
     emulation::Found,
     glue::{
@@ -35,12 +37,13 @@ use crate::{
         kick::KickPoint,
         lock::KillableMutex,
         page::{SharedPage, UserPage},
+        task,
         timer::{self, Timer, TimerTarget},
     },
     guest::{queue::EventQueue, Regs},
     irqchip::{
         dest::{for_each_target, CardCell, Cards, Origin},
-        lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
+        lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, Lead, LocalSignal, Posted, Reset},
         Message,
     },
     msrs::MsrFilter,
@@ -73,6 +76,10 @@ pub(crate) struct Peer {
     pub(crate) inbox: Inbox,
     pub(crate) kick: KickPoint,
     pub(crate) stats: VcpuStats,
+    /// Pages that it wrote, where userspace wants rings.
+    pub(crate) ring: Option<DirtyRing>,
+    /// The thread that is in KVM_RUN.
+    runner: AtomicUsize,
 }
 
 /// All vCPUs of a VM, in the order they were made. They stay until the VM goes.
@@ -81,6 +88,8 @@ pub(crate) struct Peers {
     cards: KVVec<CardCell>,
     count: AtomicUsize,
     pub(crate) stats: VmStats,
+    /// Entries of each vCPU's dirty ring; 0: dirty bitmaps.
+    ring_entries: AtomicU32,
 }
 
 impl Peers {
@@ -91,7 +100,10 @@ impl Peers {
             peers.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Arc::new(Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new() }, GFP_KERNEL_ACCOUNT)?)
+        Ok(Arc::new(
+            Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new(), ring_entries: AtomicU32::new(0) },
+            GFP_KERNEL_ACCOUNT,
+        )?)
     }
 
     /// The index that a new vCPU will have. The caller keeps others from adding one until it is [added](Self::add). `EEXIST` when the
@@ -131,6 +143,33 @@ impl Peers {
 
     pub(crate) fn card(&self, index: usize) -> Option<&CardCell> {
         self.cards.get(index)
+    }
+
+    pub(crate) fn ring_entries(&self) -> u32 {
+        self.ring_entries.load(Ordering::Relaxed)
+    }
+
+    /// Wants dirty rings. The caller keeps others from adding vCPUs at the same time.
+    pub(crate) fn set_ring_entries(&self, entries: u32) {
+        self.ring_entries.store(entries, Ordering::Relaxed);
+    }
+
+    /// A page was written: into the ring of the vCPU that this thread runs. What others write goes where there is most room.
+    #[cold]
+    pub(crate) fn push_dirty(&self, slot: u32, page: u64) {
+        let with_rings = || self.iter().filter(|peer| peer.ring.is_some());
+        let used = |peer: &&Arc<Peer>| peer.ring.as_ref().map_or(u32::MAX, DirtyRing::used);
+        let this = task::identity();
+        let own = with_rings().find(|peer| peer.runner.load(Ordering::Relaxed) == this);
+        let Some(peer) = own.or_else(|| with_rings().min_by_key(used)) else { return };
+        let Some(ring) = &peer.ring else { return };
+        if !ring.push(slot, page) {
+            // Its vCPU leaves it this full only when userspace ignores KVM_EXIT_DIRTY_RING_FULL.
+            with_rings().any(|other| other.ring.as_ref().is_some_and(|ring| ring.push(slot, page)));
+        }
+        if ring.is_nearly_full() {
+            peer.kick.post_quietly(request::TO_USER);
+        }
     }
 
     /// Makes every vCPU forget its translations, and waits until none runs guest code with old ones.
@@ -274,9 +313,13 @@ pub(crate) struct State<V: Vendor> {
     /// An interrupt window or CR8 writes were asked for.
     pub(crate) windows_open: bool,
     pub(crate) timer: Pin<KBox<Timer<LapicTimer>>>,
+    lead: Lead,
+    /// Host TSC at the deadline whose interrupt is on its way to the guest.
+    deadline_tsc: Option<u64>,
     /// Index among the peers.
     pub(crate) index: usize,
     pub(crate) clock: VcpuClock,
+    pub(crate) debug: GuestDebug,
     pub(crate) code_cache: CodeCache,
     /// The bytes at RIP at the last exit, where they were at hand.
     pub(crate) code: Option<[u8; 16]>,
@@ -323,7 +366,17 @@ impl<V: Vendor> Vcpu<V> {
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
         let index = vm.peers.place_for(id)?;
         let peer = Arc::new(
-            Peer { id, inbox: Inbox::new(), kick: KickPoint::new(), stats: VcpuStats::new() },
+            Peer {
+                id,
+                inbox: Inbox::new(),
+                kick: KickPoint::new(),
+                stats: VcpuStats::new(),
+                ring: match vm.peers.ring_entries() {
+                    0 => None,
+                    entries => Some(DirtyRing::new(entries)?),
+                },
+                runner: AtomicUsize::new(0),
+            },
             GFP_KERNEL_ACCOUNT,
         )?;
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
@@ -333,10 +386,13 @@ impl<V: Vendor> Vcpu<V> {
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
         let boots = id == vm.enabled.boot_cpu();
-        let lapic = match vm.has_irqchip() {
+        let mut lapic = match vm.has_irqchip() {
             true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
             false => None,
         };
+        if let Some(lapic) = &mut lapic {
+            lapic.set_bus_cycle(vm.enabled.bus_cycle_ns());
+        }
         let mp_state = if lapic.is_some() && !boots { MpState::Uninitialized } else { MpState::Runnable };
         let stuffed = vm.enabled.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS);
         let msrs = KBox::new(MsrState::new(&vm.host.msr_config, stuffed), GFP_KERNEL_ACCOUNT)?;
@@ -365,8 +421,11 @@ impl<V: Vendor> Vcpu<V> {
             shadow_step: false,
             windows_open: false,
             timer,
+            lead: Lead::new(timer::tsc_khz()),
+            deadline_tsc: None,
             index,
             clock: VcpuClock::new(peer.clone()),
+            debug: GuestDebug::default(),
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
             user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
@@ -408,7 +467,13 @@ impl<V: Vendor> State<V> {
         };
         let signals = peer.inbox.drain(lapic);
         if signals.timer {
-            let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+            let mut tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+            if let Some(Deadline::GuestTsc(at)) = lapic.deadline() {
+                if at.saturating_sub(tsc) <= self.lead.max() {
+                    self.deadline_tsc = Some(at.wrapping_sub(self.hw.tsc_offset()));
+                    tsc = tsc.max(at);
+                }
+            }
             lapic.timer_expired(timer::now_ns(), tsc);
             self.arm_timer();
         }
@@ -488,17 +553,48 @@ impl<V: Vendor> State<V> {
         }
     }
 
+    /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.
+    #[inline]
+    pub(crate) fn await_deadline(&mut self) {
+        let Some(deadline) = self.deadline_tsc.take() else { return };
+        let start = timer::tsc();
+        let late = start.wrapping_sub(deadline) as i64;
+        self.lead.learn(late);
+        let wait = if late < 0 { late.unsigned_abs().min(self.lead.max()) } else { 0 };
+        while timer::tsc().wrapping_sub(start) < wait {
+            core::hint::spin_loop();
+        }
+    }
+
     /// Sets the host timer to the local APIC's deadline. One that is no deadline any more fires in vain.
     pub(crate) fn arm_timer(&mut self) {
         match self.lapic.as_ref().and_then(|lapic| lapic.deadline()) {
             Some(Deadline::Ns(at)) => self.timer.arm(at),
             Some(Deadline::GuestTsc(at)) => {
                 let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
-                let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |s| s.nanoseconds(at.saturating_sub(tsc)));
+                let ticks = at.saturating_sub(tsc).saturating_sub(self.lead.ticks());
+                let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |s| s.nanoseconds(ticks));
                 self.timer.arm(timer::now_ns().saturating_add(ns));
             }
             None => {}
         }
+    }
+}
+
+impl Peer {
+    /// Remembers which thread is in KVM_RUN, until the value it returns is dropped.
+    pub(crate) fn run_here(&self) -> Running<'_> {
+        self.runner.store(task::identity(), Ordering::Relaxed);
+        Running(self)
+    }
+}
+
+/// A thread in KVM_RUN.
+pub(crate) struct Running<'a>(&'a Peer);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.runner.store(0, Ordering::Relaxed);
     }
 }
 
@@ -517,11 +613,19 @@ impl<V: Vendor> FileOperations for Vcpu<V> {
         }
     }
 
+    /// A ring is shared or not at all.
+    fn may_map(this: ArcBorrow<'_, Self>, first: u64, shared: bool) -> bool {
+        shared || first < KVM_DIRTY_LOG_PAGE_OFFSET || this.peer.ring.is_none()
+    }
+
     fn page(this: ArcBorrow<'_, Self>, index: u64) -> Option<UserPage> {
         match index {
             0 => Some(this.run.user_page()),
             1 => Some(this.data.user_page()),
             2 => Some(this.vm.irq.coalesced.user_page()),
+            index if index >= KVM_DIRTY_LOG_PAGE_OFFSET => {
+                this.peer.ring.as_ref()?.page(index - KVM_DIRTY_LOG_PAGE_OFFSET)
+            }
             _ => None,
         }
     }

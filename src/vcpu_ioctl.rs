@@ -5,8 +5,13 @@
 use kernel::prelude::*;
 
 use crate::{
-    abi::{ioctl::*, vcpu::*, vm::KvmEnableCap, FromZeros, IntoBytes},
-    arch::{cr::dr, Gpa, Gva, Hva},
+    abi::{
+        ioctl::*,
+        vcpu::*,
+        vm::{KvmEnableCap, KvmPreFaultMemory},
+        FromZeros, IntoBytes,
+    },
+    arch::{Gpa, Gva, Hva},
     dev::each_msr,
     enable_cap::Enabled,
     glue::{fpu, lock::lock_killable, timer, user},
@@ -60,7 +65,8 @@ impl<V: Vendor> Vcpu<V> {
                 let mut answer =
                     KvmTranslation { linear_address: asked.linear_address, ..KvmTranslation::new_zeroed() };
                 answer.physical_address = u64::MAX;
-                if let Ok(found) = found {
+                // Without paging every address but the one that means "none" is valid.
+                if let Some(found) = found.ok().filter(|found| found.gpa.0 != u64::MAX) {
                     answer.physical_address = found.gpa.0;
                     answer.valid = 1;
                     answer.writeable = u8::from(found.writable);
@@ -175,21 +181,29 @@ impl<V: Vendor> Vcpu<V> {
             KVM_SET_VCPU_EVENTS => with(at, |events: KvmVcpuEvents| core.set_vcpu_events(&vm.enabled, &events)),
             KVM_GET_DEBUGREGS => {
                 let mut regs = KvmDebugregs::new_zeroed();
-                regs.db = core.fpu.breakpoints;
-                regs.dr6 = core.state.hw.dr6();
-                regs.dr7 = core.state.hw.dr7();
+                regs.db = [0, 1, 2, 3].map(|n| core.state.debug_register(&core.fpu, n));
+                regs.dr6 = core.state.debug_register(&core.fpu, 6);
+                regs.dr7 = core.state.debug_register(&core.fpu, 7);
                 give(at, &regs)
             }
             KVM_SET_DEBUGREGS => with(at, |regs: KvmDebugregs| {
                 if regs.flags != 0 || (regs.dr6 | regs.dr7) >> 32 != 0 {
                     return Err(EINVAL);
                 }
-                core.fpu.breakpoints = regs.db;
-                core.fpu.breakpoints_enabled = regs.dr7 & dr::DR7_ENABLES != 0;
-                core.state.hw.set_dr6(regs.dr6 & dr::DR6_WRITABLE | dr::DR6_INIT);
-                core.state.hw.set_dr7(regs.dr7 & dr::DR7_WRITABLE | dr::DR7_INIT);
+                let [a, b, c, d] = regs.db;
+                for (number, value) in [(0, a), (1, b), (2, c), (3, d), (6, regs.dr6), (7, regs.dr7)] {
+                    core.state.set_debug_register(&mut core.fpu, number, value);
+                }
                 Ok(())
             }),
+            KVM_SET_GUEST_DEBUG => with(at, |request: KvmGuestDebug| core.set_guest_debug(&request)),
+            KVM_PRE_FAULT_MEMORY => {
+                let mut range: KvmPreFaultMemory = user::read(at)?;
+                let done = vm.memory.pre_fault(&mut range);
+                // How far it got is told in any case.
+                user::write(at, &range)?;
+                done.map(|()| 0)
+            }
             KVM_GET_STATS_FD => StatsFile::open(vm.peers.clone(), Some(self.peer.clone())),
             KVM_ENABLE_CAP => with(at, |cap: KvmEnableCap| core.enable_cap(&cap)),
             KVM_SET_VAPIC_ADDR => with(at, |KvmVapicAddr { vapic_addr }: KvmVapicAddr| {
@@ -395,7 +409,8 @@ impl<V: Vendor> Core<V> {
         let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
         let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
         if self.ran {
-            return self.state.cpuid.same_as(&entries).then_some(()).ok_or(EINVAL);
+            let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
+            return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);
         }
         let table = CpuidTable::new(entries).map_err(|_| EINVAL)?;
         let caps = GuestCaps::derive(|function, index| table.leaf(function, index)).within(&vcpu.vm.host.caps);
@@ -464,7 +479,7 @@ impl<V: Vendor> Core<V> {
             state.events.nmis = events.nmi.pending.min(2);
         }
         state.events.nmi_masked = events.nmi.masked != 0;
-        state.hw.want_nmi_window(state.events.nmi_masked);
+        state.hw.set_nmi_masked(state.events.nmi_masked);
         if events.flags & KVM_VCPUEVENT_VALID_SHADOW != 0 {
             state.hw.set_interrupt_shadow(events.interrupt.shadow != 0);
         }

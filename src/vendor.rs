@@ -7,7 +7,7 @@ use kernel::{prelude::*, sync::Arc};
 use crate::{
     arch::{
         segment::{DescriptorTable, Segment},
-        Hpa,
+        Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
@@ -30,10 +30,20 @@ pub(crate) trait Vendor: Hardware + Sized {
 
     /// Levels of the nested table.
     fn nested_levels(&self) -> u8;
+
+    /// The largest page that a nested table maps.
+    fn nested_largest(&self) -> Level;
+
+    /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
+    fn no_large_execute(&self) -> bool;
 }
 
 /// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
 pub(crate) trait VendorVcpu: Send + 'static {
+    /// Whether [`Exit::NmiWindow`] comes when the guest can take an NMI, in whatever shadow it was before. Otherwise there is only
+    /// [`Exit::NmiReturn`].
+    const NMI_WINDOW: bool;
+
     /// Back to the state after RESET or INIT (`init`), segments and control registers and MSRs that INIT changes.
     fn reset(&mut self, init: bool);
 
@@ -81,23 +91,38 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_interrupt_shadow(&mut self, shadow: bool);
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt.
     fn want_interrupt_window(&mut self, wanted: bool);
-    /// Asks for [`Exit::NmiWindow`] when the guest returns from its NMI handler.
+    /// Asks for [`Exit::NmiWindow`] or [`Exit::NmiReturn`] when the guest leaves its NMI handler.
     fn want_nmi_window(&mut self, wanted: bool);
+    /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.
+    fn set_nmi_masked(&mut self, masked: bool);
     /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
     fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
+    fn want_breakpoints(&mut self, wanted: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);
 
+    /// Whether the page-directory-pointer entries at CR3 must be brought before the next `run`: the guest got PAE paging by other means than
+    /// an instruction of its own, and the CPU keeps the four entries in registers.
+    fn wants_pdptes(&self) -> bool;
+    fn set_pdptes(&mut self, entries: [u64; 4]);
+
     /// RIP behind the instruction that exited, where the CPU tells it.
     fn next_rip(&self) -> Option<u64>;
     /// Bytes of the instruction that faulted, where the CPU keeps them.
     fn instruction_bytes(&self) -> Option<&[u8]>;
 
-    /// Once in each window, before the first `run`.
+    /// Once in each window, before the first `load`.
     fn begin_window(&mut self, irqs: &IrqsOff);
-    /// Runs the guest until its next exit.
+    /// Once after each window that was begun, on the same CPU, with interrupts on.
+    fn end_window(&mut self);
+    /// In each stretch of interrupts off, before the first `run`.
+    fn load(&mut self, irqs: &IrqsOff);
+    /// At the end of each stretch of interrupts off in which `load` was called. Only now is RSP sure to be in `regs`.
+    fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff);
+    /// Runs the guest until its next exit. RSP need not be in `regs` after exits whose quick handlers have no use for it.
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit;
 }

@@ -13,8 +13,11 @@ use kernel::{
 
 use crate::{
     abi::{
+        cap::KVM_CAP_X86_APIC_BUS_CYCLES_NS,
         ioctl::*,
-        irq::{KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2, KvmReinjectControl},
+        irq::{
+            KvmIoeventfd, KvmIrqLevel, KvmIrqchip, KvmIrqfd, KvmMsi, KvmPitConfig, KvmPitState2, KvmReinjectControl,
+        },
         vm::{
             KvmClearDirtyLog, KvmClockData, KvmCoalescedMmioZone, KvmDirtyLog, KvmEnableCap, KvmMsrFilter,
             KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
@@ -32,7 +35,7 @@ use crate::{
         timer, user,
     },
     irq::Irq,
-    memory::Memory,
+    memory::{Memory, NestedLimits},
     msrs::MsrFilter,
     stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
@@ -67,10 +70,10 @@ impl<V: Vendor> Vm<V> {
     pub(crate) fn new(host: Arc<Host<V>>) -> Result<Arc<Self>> {
         let host = InUse::new(host)?;
         let peers = Peers::new()?;
-        let levels = host.owner.hardware().nested_levels();
+        let limits = NestedLimits::of(&**host.owner.hardware());
         Ok(Arc::pin_init(
             try_pin_init!(Self {
-                memory <- Memory::new(peers.clone(), levels),
+                memory <- Memory::new(peers.clone(), limits),
                 irq <- Irq::new(peers.clone()),
                 setup <- new_mutex!(()),
                 peers,
@@ -131,6 +134,9 @@ impl<V: Vendor> FileOperations for Vm<V> {
         }
         let at = Hva(arg as u64);
         match cmd {
+            KVM_CHECK_EXTENSION if arg == KVM_CAP_X86_APIC_BUS_CYCLES_NS as usize => {
+                Ok(this.enabled.bus_cycle_ns() as isize)
+            }
             KVM_CHECK_EXTENSION => Ok(this.host.check_extension(arg)),
             KVM_CREATE_VCPU => {
                 let id = u32::try_from(arg).ok().filter(|&id| id < MAX_VCPUS).ok_or(EINVAL)?;
@@ -166,6 +172,7 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
                 Ok(0)
             }
+            KVM_RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),
             KVM_GET_STATS_FD => StatsFile::open(this.peers.clone(), None),
             // Tables are not limited: with nested paging KVM does not shrink them either.
             KVM_SET_NR_MMU_PAGES if arg < 64 => Err(EINVAL),

@@ -312,10 +312,11 @@ pub fn set_xmm(cpu: &Vcpu, xmm: &[[u8; 16]; 16]) {
 /// context: a guest that shut down in real mode and starts in real mode would walk page tables at address 0 for ever.
 /// Protected mode in between makes it load the root again.
 pub fn recover_from_shutdown(cpu: &Vcpu) {
-    if !on_kvm() {
+    let mut s = cpu.sregs();
+    // KVM on Intel leaves the state of before the shutdown.
+    if !on_kvm() || s.cr0 & 1 != 0 {
         return;
     }
-    let mut s = cpu.sregs();
     s.cr0 ^= 1;
     cpu.set_sregs(&s);
 }

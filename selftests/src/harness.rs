@@ -72,12 +72,6 @@ pub fn tcg() -> bool {
     options().bed.contains("tcg")
 }
 
-/// True under Bochs, whose SVM leaves DR6 alone when #DB is intercepted, ends (all of Bochs) when a single step meets an
-/// intercept, and lets no host interrupt end the run of a guest that was entered with interrupts off.
-pub fn bochs() -> bool {
-    options().bed.contains("bochs")
-}
-
 /// The panic payload of `skip!`.
 pub struct Skip(pub String);
 

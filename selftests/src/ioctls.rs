@@ -90,6 +90,7 @@ ioctls! {
         KVM_SIGNAL_MSI = W 0xa5 kvm_msi;
         KVM_CLEAR_DIRTY_LOG = RW 0xc0 kvm_clear_dirty_log;
         KVM_X86_SET_MSR_FILTER = W 0xc6 kvm_msr_filter;
+        KVM_RESET_DIRTY_RINGS = N 0xc7 ();
         KVM_CREATE_DEVICE = RW 0xe0 kvm_create_device;
         KVM_SET_DEVICE_ATTR = W 0xe1 kvm_device_attr;
         KVM_GET_DEVICE_ATTR = W 0xe2 kvm_device_attr;

@@ -113,7 +113,7 @@ ioctls! {
     KVM_CHECK_EXTENSION = io(0x03), 0xAE03, S.or(V), Supported;
     KVM_GET_VCPU_MMAP_SIZE = io(0x04), 0xAE04, S, Supported;
     KVM_GET_SUPPORTED_CPUID = iowr::<KvmCpuid2>(0x05), 0xC008_AE05, S, Supported;
-    KVM_GET_EMULATED_CPUID = iowr::<KvmCpuid2>(0x09), 0xC008_AE09, S, Refused;
+    KVM_GET_EMULATED_CPUID = iowr::<KvmCpuid2>(0x09), 0xC008_AE09, S, Supported, "no feature is";
     KVM_GET_MSR_FEATURE_INDEX_LIST = iowr::<KvmMsrList>(0x0A), 0xC004_AE0A, S, Supported;
 
     KVM_CREATE_VCPU = io(0x41), 0xAE41, V, Supported;
@@ -172,7 +172,7 @@ ioctls! {
     KVM_GET_MP_STATE = ior::<KvmMpState>(0x98), 0x8004_AE98, C, Supported;
     KVM_SET_MP_STATE = iow::<KvmMpState>(0x99), 0x4004_AE99, C, Supported;
     KVM_NMI = io(0x9A), 0xAE9A, C, Supported;
-    KVM_SET_GUEST_DEBUG = iow::<KvmGuestDebug>(0x9B), 0x4048_AE9B, C, Refused;
+    KVM_SET_GUEST_DEBUG = iow::<KvmGuestDebug>(0x9B), 0x4048_AE9B, C, Supported;
     KVM_X86_SETUP_MCE = iow::<u64>(0x9C), 0x4008_AE9C, C, Supported;
     KVM_X86_GET_MCE_CAP_SUPPORTED = ior::<u64>(0x9D), 0x8008_AE9D, S, Supported;
     KVM_X86_SET_MCE = iow::<KvmX86Mce>(0x9E), 0x4040_AE9E, C, Refused;
@@ -199,7 +199,7 @@ ioctls! {
     KVM_CLEAR_DIRTY_LOG = iowr::<KvmClearDirtyLog>(0xC0), 0xC018_AEC0, V, Supported;
     KVM_GET_SUPPORTED_HV_CPUID = iowr::<KvmCpuid2>(0xC1), 0xC008_AEC1, S.or(C), Refused;
     KVM_X86_SET_MSR_FILTER = iow::<KvmMsrFilter>(0xC6), 0x4188_AEC6, V, Supported;
-    KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Refused;
+    KVM_RESET_DIRTY_RINGS = io(0xC7), 0xAEC7, V, Supported;
     KVM_XEN_HVM_GET_ATTR = number(READ | WRITE, 0xC8, 72), 0xC048_AEC8, V, Refused;
     KVM_XEN_HVM_SET_ATTR = number(WRITE, 0xC9, 72), 0x4048_AEC9, V, Refused;
     KVM_XEN_VCPU_GET_ATTR = number(READ | WRITE, 0xCA, 72), 0xC048_AECA, C, Refused;
@@ -211,7 +211,7 @@ ioctls! {
     KVM_XEN_HVM_EVTCHN_SEND = number(WRITE, 0xD0, 12), 0x400C_AED0, V, Refused;
     KVM_SET_MEMORY_ATTRIBUTES = iow::<KvmMemoryAttributes>(0xD2), 0x4020_AED2, V, Refused;
     KVM_CREATE_GUEST_MEMFD = iowr::<KvmCreateGuestMemfd>(0xD4), 0xC040_AED4, V, Refused;
-    KVM_PRE_FAULT_MEMORY = iowr::<KvmPreFaultMemory>(0xD5), 0xC040_AED5, C, Refused;
+    KVM_PRE_FAULT_MEMORY = iowr::<KvmPreFaultMemory>(0xD5), 0xC040_AED5, C, Supported;
 
     KVM_CREATE_DEVICE = iowr::<KvmCreateDevice>(0xE0), 0xC00C_AEE0, V, Refused;
     KVM_SET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE1), 0x4018_AEE1, S.or(V).or(C).or(D), Refused;

@@ -153,6 +153,15 @@ pub const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
 pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
 pub const KVM_DIRTY_LOG_INITIALLY_SET: u64 = 1 << 1;
 
+/// `struct kvm_dirty_gfn`, an entry of a dirty ring: flags, slot (32 bits each) and page in the slot (64 bits).
+pub const KVM_DIRTY_GFN_BYTES: u32 = 16;
+/// Flags: written by the kernel; done with by userspace.
+pub const KVM_DIRTY_GFN_F_DIRTY: u32 = 1 << 0;
+pub const KVM_DIRTY_GFN_F_RESET: u32 = 1 << 1;
+pub const KVM_DIRTY_RING_MAX_ENTRIES: u32 = 65536;
+/// Page of a vCPU's mapping where its dirty ring begins.
+pub const KVM_DIRTY_LOG_PAGE_OFFSET: u64 = 64;
+
 pub const KVM_MSR_FILTER_READ: u32 = 1 << 0;
 pub const KVM_MSR_FILTER_WRITE: u32 = 1 << 1;
 /// What no range says anything about is denied; otherwise it is allowed.

@@ -184,6 +184,12 @@ impl Instruction {
         self.flags & (MODRM | REGISTER) == MODRM && self.modrm < 0xC0
     }
 
+    /// MOV from memory to a register.
+    #[inline]
+    pub fn is_load(&self) -> bool {
+        self.op == Op::Mov && self.form == Form::RegRm && self.has_memory()
+    }
+
     /// Whether any of `bits` of [`prefix`] is there.
     #[inline]
     pub const fn has(&self, bits: u8) -> bool {

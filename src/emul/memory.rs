@@ -78,8 +78,9 @@ impl Decoded {
     pub(super) fn fetch<C: Cpu>(&mut self, cpu: &mut C, mode: Mode, rip: u64, bytes: Option<&[u8]>) -> Flow<()> {
         let mut code = [0u8; 16];
         if let Some(bytes) = bytes {
-            for (to, from) in code.iter_mut().zip(bytes) {
-                *to = *from;
+            match bytes.first_chunk() {
+                Some(all) => code = *all,
+                None => code.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from),
             }
             if self.set(&code, bytes.len().min(MAX_LENGTH), mode).is_ok() {
                 return Ok(());

@@ -14,7 +14,8 @@
 //!
 //! # How it resumes
 //! Nothing of an instruction is committed before its reads are answered. A read that the caller must answer ends the step; the next
-//! step executes the decoded instruction again from its start and takes the answers from a list, in order. Writes to devices wait in
+//! step executes the decoded instruction again from its start and takes the answers from a list, in order. (A plain load has nothing left to
+//! do but to take its answer.) Writes to devices wait in
 //! a queue and are handed out one a step after the instruction has committed. An access that crosses a page or exceeds eight
 //! bytes is several accesses to the device.
 //!
@@ -258,6 +259,13 @@ impl Io {
         self.port_elements = 0;
     }
 
+    /// The answer, if there was one read and that of `size` bytes.
+    #[inline]
+    fn only_answer(&self, size: u8) -> Option<u64> {
+        let [fragment, ..] = &self.reads;
+        (self.answered == 1 && fragment.len == size).then(|| u64::from_le_bytes(fragment.data))
+    }
+
     /// Queues a write of 1 to 8 bytes. An instruction makes no more than fit; what does not is dropped.
     #[inline]
     fn write(&mut self, gpa: Gpa, from: &[u8]) {
@@ -395,6 +403,17 @@ impl Emulator {
         let rip = cpu.rip();
         let decoded = &mut self.decoded[((rip >> 2 ^ rip) as usize) % SLOTS];
         if self.resume && self.rip == rip {
+            let Decoded { instruction, mode, .. } = decoded;
+            if let (true, Some(value)) = (instruction.is_load(), self.io.only_answer(instruction.operand_size)) {
+                // Most reads of devices: all that is left is to take the answer.
+                self.resume = false;
+                self.repeating = false;
+                self.io.forget();
+                let mut exec = Exec::new(cpu, &mut self.io, instruction, *mode, rip);
+                exec.set_reg(instruction.reg(), instruction.operand_size, value);
+                exec.retire();
+                return Step::Done;
+            }
             self.io.used = 0;
         } else {
             self.io.forget();

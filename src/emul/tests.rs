@@ -50,7 +50,8 @@ fn mov_from_device_resumes() {
 
 #[test]
 fn answers_do_not_outlive_the_instruction() {
-    let mut cpu = Mock::code(Mode::Long64, &[0x8B, 0x18, 0x8B, 0x18]);
+    // mov ebx, [rax]; add ebx, [rax]
+    let mut cpu = Mock::code(Mode::Long64, &[0x8B, 0x18, 0x03, 0x18]);
     cpu.gpr[0] = DEVICE;
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE, 4));

@@ -47,8 +47,10 @@ pub enum Exit {
     HostNmi,
     /// The guest can take an interrupt now, and somebody waits for that.
     InterruptWindow,
-    /// The guest left its NMI handler.
+    /// The guest can take an NMI now, and somebody waits for that.
     NmiWindow,
+    /// The guest is at the IRET of its NMI handler.
+    NmiReturn,
     Exception(Exception),
     Cpuid,
     Hlt,
@@ -81,4 +83,28 @@ pub enum Exit {
     Unknown {
         reason: u64,
     },
+}
+
+impl Exit {
+    /// A number for tracepoints: the kinds that are told apart there.
+    pub const fn number(&self) -> u32 {
+        match self {
+            Self::HostInterrupt => 0,
+            Self::HostNmi => 1,
+            Self::InterruptWindow => 2,
+            Self::NmiWindow => 3,
+            Self::Exception(_) => 4,
+            Self::Cpuid => 5,
+            Self::Hlt => 6,
+            Self::Pause => 7,
+            Self::Hypercall => 8,
+            Self::Rdmsr | Self::Wrmsr => 9,
+            Self::Port(_) => 10,
+            Self::ControlRegister(_) => 11,
+            Self::DebugRegister(_) => 12,
+            Self::NestedFault(_) => 13,
+            Self::Shutdown => 14,
+            _ => 15,
+        }
+    }
 }

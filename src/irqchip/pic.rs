@@ -335,7 +335,7 @@ impl Pic {
 
     /// KVM_SET_IRQCHIP of the master (0) or the slave (1). True: the output rose.
     pub fn restore(&mut self, chip: usize, state: &PicState) -> bool {
-        let elcr_mask = ELCR_MASKS[chip & 1];
+        let elcr_mask = state.elcr_mask & ELCR_MASKS[chip & 1];
         self.chips[chip & 1] = PicState {
             priority_add: state.priority_add & 7,
             init_state: state.init_state & 3,

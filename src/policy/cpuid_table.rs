@@ -87,9 +87,12 @@ impl<E: Deref<Target = [KvmCpuidEntry2]>> CpuidTable<E> {
         &self.entries
     }
 
-    /// Whether `other` would give the same answers: KVM_SET_CPUID2 after the first KVM_RUN accepts nothing else.
-    pub fn same_as(&self, other: &[KvmCpuidEntry2]) -> bool {
-        let key = |entry: &KvmCpuidEntry2| (entry.function, entry.index, entry.flags, registers(entry));
+    /// Whether `other` would give the same answers: KVM_SET_CPUID2 after the first KVM_RUN accepts nothing else. What follows the
+    /// guest's state is no difference: userspace may have read the table back.
+    pub fn same_as(&self, other: &[KvmCpuidEntry2], dynamic: &Dynamic) -> bool {
+        let key = |entry: &KvmCpuidEntry2| {
+            (entry.function, entry.index, entry.flags, self.patched(entry, entry.index, dynamic))
+        };
         self.entries.iter().map(key).eq(other.iter().map(key))
     }
 

@@ -195,7 +195,7 @@ fn shape_of_the_table() {
     assert_eq!(amd.leaf(0xD, 1), [7, 2440, 0, 0]);
     assert_eq!(amd.leaf(0xD, 7), [1024, 1408, 0, 0]);
     assert!(amd.find(0xD, 3).is_none());
-    assert_eq!(amd.leaf(0x4000_0001, 0), [0x0100_002B, 0, 0, 0]);
+    assert_eq!(amd.leaf(0x4000_0001, 0), [0x0100_28AB, 0, 0, 0]);
     for entry in amd.entries() {
         assert_eq!(entry.flags == KVM_CPUID_FLAG_SIGNIFCANT_INDEX, is_indexed(entry.function));
     }
@@ -350,14 +350,18 @@ fn bad_tables_are_refused() {
 fn the_same_table_may_be_set_again() {
     let entries = vec![entry(1, None, [1, 2, 3, 4]), entry(7, Some(0), [5, 6, 7, 8])];
     let table = CpuidTable::new(entries.clone()).unwrap();
-    assert!(table.same_as(&entries));
-    assert!(!table.same_as(&entries[..1]));
+    let dynamic = Dynamic { cr4: cr4::OSXSAVE, apic_enabled: true, ..Dynamic::default() };
+    assert!(table.same_as(&entries, &dynamic));
+    assert!(!table.same_as(&entries[..1], &dynamic));
     let mut other = entries.clone();
     other[1].edx ^= 1;
-    assert!(!table.same_as(&other));
+    assert!(!table.same_as(&other, &dynamic));
     let mut padded = entries;
     padded[0].padding = [1, 2, 3];
-    assert!(table.same_as(&padded), "padding means nothing");
+    assert!(table.same_as(&padded, &dynamic), "padding means nothing");
+    let read_back: Vec<_> = table.entries().iter().map(|entry| table.current(entry, &dynamic)).collect();
+    assert_ne!(read_back[0].ecx, 3);
+    assert!(table.same_as(&read_back, &dynamic), "what the guest's state decides is no difference");
 }
 
 #[test]

@@ -41,7 +41,7 @@ pub(super) fn decode(control: &Control, decode_assists: bool, irqs: &IrqsOff) ->
         code::HLT => Exit::Hlt,
         code::VMMCALL => Exit::Hypercall,
         code::VINTR => Exit::InterruptWindow,
-        code::IRET => Exit::NmiWindow,
+        code::IRET => Exit::NmiReturn,
         code::NMI => Exit::HostNmi,
         // The host's SMM or INIT handling happens as soon as the global interrupt flag is set again, which it is.
         code::SMI | code::INIT | code::FERR_FREEZE => Exit::HostInterrupt,

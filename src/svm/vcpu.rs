@@ -15,7 +15,7 @@ use crate::{
         cr::{cr0, dr, efer},
         segment::{DescriptorTable, Segment, SegmentAttributes},
         vmcb::{event, exit_code, int_ctl, int_state, misc1, misc2, misc3, tlb_ctl, Vmcb, VmcbSegment},
-        Hpa,
+        Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, phys::PhysBox},
     guest::{
@@ -126,6 +126,14 @@ impl Vendor for Svm {
             4
         }
     }
+
+    fn nested_largest(&self) -> Level {
+        Level::Page1G
+    }
+
+    fn no_large_execute(&self) -> bool {
+        false
+    }
 }
 
 impl SvmVcpu {
@@ -172,6 +180,8 @@ fn from_table(table: DescriptorTable) -> VmcbSegment {
 }
 
 impl VendorVcpu for SvmVcpu {
+    const NMI_WINDOW: bool = false;
+
     fn reset(&mut self, init: bool) {
         // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
         let caching = if init { self.guest_cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
@@ -485,10 +495,19 @@ impl VendorVcpu for SvmVcpu {
         }
     }
 
+    fn set_nmi_masked(&mut self, masked: bool) {
+        self.want_nmi_window(masked);
+    }
+
     fn want_cr8_writes(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
         let wanted = wanted || control.int_ctl & int_ctl::V_IRQ != 0;
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
+    }
+
+    fn want_breakpoints(&mut self, wanted: bool) {
+        let more = if wanted { 1 << vector::BP } else { 0 };
+        self.vmcb.control.intercept_exceptions = EXCEPTIONS | more;
     }
 
     fn want_all_msrs(&mut self, wanted: bool) {
@@ -506,6 +525,14 @@ impl VendorVcpu for SvmVcpu {
         let control = &mut self.vmcb.control;
         control.int_ctl = control.int_ctl & !int_ctl::V_TPR_MASK | u32::from(cr8 & 0xF);
     }
+
+    #[inline]
+    fn wants_pdptes(&self) -> bool {
+        // Hardware reads them when it needs them.
+        false
+    }
+
+    fn set_pdptes(&mut self, _entries: [u64; 4]) {}
 
     #[inline]
     fn next_rip(&self) -> Option<u64> {
@@ -536,6 +563,15 @@ impl VendorVcpu for SvmVcpu {
         self.host.separate(self.number, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
     }
+
+    #[inline]
+    fn end_window(&mut self) {}
+
+    #[inline]
+    fn load(&mut self, _irqs: &IrqsOff) {}
+
+    #[inline]
+    fn unload(&mut self, _regs: &mut Regs, _irqs: &IrqsOff) {}
 
     #[inline]
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit {

@@ -2,7 +2,7 @@
 //! Exceptions in long mode: their vectors, error codes and CR2, faults in faults, debug traps.
 
 use krabtest::guest::*;
-use krabtest::harness::{bochs, tcg};
+use krabtest::harness::tcg;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::vm::Exit;
@@ -263,9 +263,6 @@ payload! { lm_watch, 64,
 }
 
 fn breakpoint_traps() {
-    if bochs() {
-        skip!("Bochs leaves DR6 as it was");
-    }
     let g = Guest::long(lm_watch());
     let Event::Exception { vector: 1, .. } = g.event() else { panic!("no #DB for the write") };
     let d: kvm_debugregs = assert_ok!(g.cpu.get(KVM_GET_DEBUGREGS));
@@ -313,7 +310,7 @@ fn single_step() {
     let start = 1 + 7 + 1;
     assert_eq!(steps(&g), [start + 1, start + 3, start + 5, start + 6, start + 13, start + 14]);
     let d: kvm_debugregs = assert_ok!(g.cpu.get(KVM_GET_DEBUGREGS));
-    assert!(d.dr6 & 0x4000 != 0 || bochs(), "DR6.BS");
+    assert!(d.dr6 & 0x4000 != 0, "DR6.BS");
 }
 
 payload! { lm_step_exits, 64,
@@ -333,9 +330,6 @@ payload! { lm_step_exits, 64,
 }
 
 fn single_step_over_intercepts() {
-    if bochs() {
-        skip!("Bochs gives up");
-    }
     let g = Guest::long(lm_step_exits());
     let s = 9;
     // cpuid, out, rdtsc, mov, wbinvd, nop, pushfq, and, popfq

@@ -404,9 +404,7 @@ fn shadow_of_sti() {
     }
 }
 
-// What waits in a loop does it with interrupts on, for Bochs' sake: see `bochs()`.
 payload! { ic_ipi_send_xapic, 64,
-    "sti",
     "mov rbx, 0xfee00000",
     "mov dword ptr [rbx + 0xf0], 0x1ff",
     "3: cmp qword ptr [0x100000], 1",           // the other one is ready
@@ -424,7 +422,6 @@ payload! { ic_ipi_send_xapic, 64,
 }
 
 payload! { ic_ipi_send_x2apic, 64,
-    "sti",
     "mov ecx, 0x1b",
     "rdmsr",
     "or eax, 0xc00",

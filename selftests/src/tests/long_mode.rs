@@ -28,6 +28,7 @@ tests! { "long_mode";
     nested_faults_whole_slot;
     string_io_long;
     guest_debug_breakpoint;
+    pae_paging;
 }
 
 payload! { lm_cpuid, 64,
@@ -728,4 +729,52 @@ fn guest_debug_breakpoint() {
     d.control = 0;
     assert_ok!(g.cpu.set(KVM_SET_GUEST_DEBUG, &d));
     g.expect_done();
+}
+
+// Reads one word through each of three sets of page-directory-pointer entries: the first comes with paging itself, the second with a MOV to
+// CR3, the third with whatever the host does in between.
+payload! { lm_pae, 32,
+    "mov eax, 0x20000",
+    "mov cr3, eax",
+    "mov eax, cr4",
+    "or eax, 0x20",
+    "mov cr4, eax",
+    "mov eax, cr0",
+    "or eax, 0x80000000",
+    "mov cr0, eax",
+    "mov eax, [0x40000000]",
+    "out 0x10, eax",
+    "mov eax, 0x20020",
+    "mov cr3, eax",
+    "mov eax, [0x40000000]",
+    "out 0x10, eax",
+    "mov eax, [0x40000000]",
+    "out 0x10, eax",
+    "hlt",
+}
+
+/// PAE paging outside long mode: the CPU keeps the four upper entries in registers, and must get them from wherever CR3 comes.
+fn pae_paging() {
+    let g = Guest::protected(lm_pae());
+    for (n, word) in [(0, 0x1111_1111), (1, 0x2222_2222), (2, 0x3333_3333)] {
+        let (table, low, high) = (0x20000 + n * 0x20, 0x21000 + n * 0x2000, 0x22000 + n * 0x2000);
+        g.ram.write_u64(table, low | 1);
+        g.ram.write_u64(table + 8, high | 1);
+        // The code at its own address, 4 KiB pages from there on up to find the word behind 1 GiB.
+        g.ram.write_u64(low, 0x83);
+        g.ram.write_u64(high, (0x28000 + n * 0x1000) | 3);
+        g.ram.write_u64(0x28000 + n * 0x1000, (0x30000 + n * 0x1000) | 3);
+        g.ram.write(0x30000 + n * 0x1000, &u32::to_le_bytes(word));
+    }
+    let out = |want: u32| match assert_ok!(g.cpu.run()) {
+        Exit::Io { out: true, port: 0x10, data, .. } => assert_eq!(data, want.to_le_bytes()),
+        other => panic!("{other:?}"),
+    };
+    out(0x1111_1111);
+    out(0x2222_2222);
+    let mut s = g.cpu.sregs();
+    s.cr3 = 0x20040;
+    g.cpu.set_sregs(&s);
+    out(0x3333_3333);
+    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
 }

@@ -6,7 +6,7 @@
 //! buffer. Memory and registers must come out the same.
 
 use krabtest::guest::*;
-use krabtest::harness::{bochs, on_kvm};
+use krabtest::harness::on_kvm;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::rng::Rng;
@@ -666,9 +666,6 @@ payload! { mmio_tf, 64,
 
 /// Single-stepping sees the instructions that are emulated, too.
 fn single_step_over_mmio() {
-    if bochs() {
-        skip!("Bochs gives up");
-    }
     let g = Guest::long(mmio_tf());
     let mut r = g.cpu.regs();
     r.rbx = MMIO;

@@ -5,6 +5,7 @@ use krabtest::harness::Group;
 
 pub mod api;
 pub mod client;
+pub mod debug;
 pub mod exceptions;
 pub mod host_state;
 pub mod irqchip;
@@ -23,6 +24,7 @@ pub const GROUPS: &[Group] = &[
     real_mode::GROUP,
     long_mode::GROUP,
     exceptions::GROUP,
+    debug::GROUP,
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,

@@ -2,7 +2,7 @@
 //! A guest in real mode: exits for port I/O, MMIO and HLT, kicks, shutdown, mode switches, and garbage as code.
 
 use krabtest::guest::*;
-use krabtest::harness::{bochs, emulated, on_kvm, tcg};
+use krabtest::harness::{emulated, on_kvm, tcg};
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::rng::Rng;
@@ -465,8 +465,7 @@ fn run_after_shutdown() {
     assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
 }
 
-// With interrupts on: Bochs lets nothing interrupt an SVM guest that is entered with them off.
-payload! { real_loop, 16, "sti", "2: inc ebx", "jmp 2b" }
+payload! { real_loop, 16, "2: inc ebx", "jmp 2b" }
 
 fn endless_loop_is_kicked() {
     let g = Guest::real(real_loop());
@@ -729,9 +728,6 @@ fn registers_survive() {
 
 /// Runs random bytes as code; every run ends in a defined exit or is kicked.
 fn garbage(g: &Guest, at: u64, seed: u64) {
-    if bochs() {
-        skip!("a loop with interrupts off would hang the host");
-    }
     let (sregs, regs) = (g.cpu.sregs(), g.cpu.regs());
     let events: kvm_vcpu_events = assert_ok!(g.cpu.get(KVM_GET_VCPU_EVENTS));
     let memory = g.ram.read(0, 0x10_0000);

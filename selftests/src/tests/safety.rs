@@ -18,6 +18,7 @@ tests! { "safety";
     vms_come_and_go(120);
     descriptors_close_in_any_order;
     cpu_unplugged_while_running(60);
+    host_writes_cr4_while_running(120);
 }
 
 fn ioeventfds_are_limited() {
@@ -239,5 +240,60 @@ fn cpu_unplugged_while_running() {
             }
         }
         stop.store(true, Ordering::SeqCst);
+    });
+}
+
+payload! { sf_busy, 64,
+    "2: mov ecx, 1000",
+    "3: dec ecx",
+    "jnz 3b",
+    "xor eax, eax",
+    "cpuid",
+    "jmp 2b",
+}
+
+/// Pins the calling thread to CPU 0.
+fn pin_to_first_cpu() {
+    // SAFETY: the set lives through the call.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(0, &mut set);
+        assert_eq!(libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set), 0);
+    }
+}
+
+/// The kernel writes CR4 without knowing of ours: bits of it come and go with PR_SET_TSC, also at every switch between a task that has it and
+/// one that has not, and with perf's permission to read counters. On a CPU that VMX was left on on, that faults.
+fn host_writes_cr4_while_running() {
+    const ROUNDS: u32 = 100_000;
+    const RDPMC: &str = "/sys/bus/event_source/devices/cpu/rdpmc";
+    let g = Guest::long(sf_busy());
+    let over = AtomicBool::new(false);
+    let set_tsc = |mode: libc::c_ulong| {
+        // SAFETY: RDTSC faults in this thread while it is off, and nothing here uses it.
+        assert_eq!(unsafe { libc::prctl(libc::PR_SET_TSC, mode, 0, 0, 0) }, 0);
+    };
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            pin_to_first_cpu();
+            for round in 0..ROUNDS {
+                set_tsc(libc::PR_TSC_SIGSEGV as libc::c_ulong);
+                if round % 64 == 0 {
+                    // The guest's thread runs in between, without the bit.
+                    std::thread::yield_now();
+                }
+                set_tsc(libc::PR_TSC_ENABLE as libc::c_ulong);
+                if round % 1024 == 0 {
+                    let _ = std::fs::write(RDPMC, if round % 2048 == 0 { "2" } else { "1" });
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        threads.spawn(|| {
+            pin_to_first_cpu();
+            while !over.load(Ordering::Relaxed) {
+                assert_err!(g.cpu.run_for(5), EINTR);
+            }
+        });
     });
 }

@@ -8,19 +8,23 @@
 //! is its vCPU ID, LINT0 of the boot CPU starts in ExtINT mode (a quirk of KVM that its clients rely on), and an
 //! interrupt that is pending when the APIC gets software-disabled is still delivered.
 //! Not supported: the arbitration priority register (reads 0), remote reads, focus processor checking, AMD's extended
-//! registers (offset 400h and up), interrupt delivery by hardware (AVIC, APICv).
+//! registers (offset 400h and up), AVIC.
 #![forbid(unsafe_code)]
 
 mod access;
 mod base;
+mod delivery;
 mod inbox;
+mod lead;
 pub mod regs;
 mod state;
 #[cfg(test)]
 mod tests;
 mod timer;
 
+pub use delivery::Delivery;
 pub use inbox::{Inbox, Posted, Signals};
+pub use lead::Lead;
 pub use regs::Lvt;
 pub use state::{StateError, STATE_BYTES};
 pub use timer::{Deadline, BUS_CYCLE_NS};
@@ -196,6 +200,11 @@ impl Lapic {
     /// Which CPU boots (KVM_SET_BOOT_CPU_ID): takes effect with the next power-on reset.
     pub fn set_bsp(&mut self, is_bsp: bool) {
         self.is_bsp = is_bsp;
+    }
+
+    /// The bus clock that the timer counts with, in ns a cycle: KVM_CAP_X86_APIC_BUS_CYCLES_NS. Before the timer is used.
+    pub fn set_bus_cycle(&mut self, ns: u64) {
+        self.timer.set_bus_cycle(ns);
     }
 
     pub const fn id(&self) -> u32 {

@@ -46,6 +46,8 @@ pub(super) struct Timer {
     initial: u32,
     /// log2 of the divisor, 0 to 7.
     shift: u32,
+    /// Length of a cycle of the bus clock, in ns.
+    bus_cycle_ns: u64,
     /// Length of a count-down, in ns.
     period_ns: u64,
     /// End of the count-down, while one runs.
@@ -57,7 +59,20 @@ pub(super) struct Timer {
 impl Timer {
     pub(super) const fn new() -> Self {
         // Divide configuration 0 divides by 2.
-        Self { mode: Mode::OneShot, initial: 0, shift: 1, period_ns: 0, target_ns: None, tsc_deadline: 0 }
+        Self {
+            mode: Mode::OneShot,
+            initial: 0,
+            shift: 1,
+            bus_cycle_ns: BUS_CYCLE_NS,
+            period_ns: 0,
+            target_ns: None,
+            tsc_deadline: 0,
+        }
+    }
+
+    /// Another bus clock, for a timer that does not run.
+    pub(super) fn set_bus_cycle(&mut self, ns: u64) {
+        self.bus_cycle_ns = ns;
     }
 
     pub(super) const fn initial(&self) -> u32 {
@@ -80,8 +95,7 @@ impl Timer {
     }
 
     const fn ticks_to_ns(&self, ticks: u32) -> u64 {
-        // 32 bits of ticks, 7 of divisor: far below 2^64.
-        (ticks as u64).wrapping_shl(self.shift).wrapping_mul(BUS_CYCLE_NS)
+        (ticks as u64).wrapping_shl(self.shift).saturating_mul(self.bus_cycle_ns)
     }
 
     fn set_period(&mut self) {
@@ -97,7 +111,7 @@ impl Timer {
             return false;
         }
         if (self.mode == Mode::TscDeadline) != (mode == Mode::TscDeadline) {
-            *self = Self { shift: self.shift, ..Self::new() };
+            *self = Self { shift: self.shift, bus_cycle_ns: self.bus_cycle_ns, ..Self::new() };
         }
         self.mode = mode;
         self.set_period();
@@ -158,7 +172,7 @@ impl Timer {
             }
             None => 0,
         };
-        let ticks = (left_ns / BUS_CYCLE_NS) >> (self.shift & 7);
+        let ticks = left_ns.checked_div(self.bus_cycle_ns).unwrap_or(0) >> (self.shift & 7);
         ticks.min(self.initial as u64) as u32
     }
 

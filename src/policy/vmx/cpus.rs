@@ -5,7 +5,7 @@
 //! - *QEMU*: the bits that QEMU 10.0's CPU model of that generation lists. They were taken from real CPUs, less what KVM cannot give a
 //!   nested hypervisor (PAUSE-loop exiting, TSC scaling and the like are missing). Words that the model leaves out are those of the
 //!   dumps of the neighbouring generations.
-//! - *Bochs*: derived from the capability code and the extension list of Bochs 3.0's CPU model.
+//! - *Bochs*: read with RDMSR in the Intel bed, Bochs 3.0 with that CPU model.
 #![forbid(unsafe_code)]
 
 use super::CapabilityMsrs;
@@ -230,7 +230,7 @@ pub(super) const BOCHS_SKYLAKE_X: Cpu = Modern {
 pub(super) const BOCHS_TIGERLAKE: Cpu = Modern {
     name: "Bochs tigerlake",
     signature: 0x806C1,
-    basic: 0x01D8_1000_0000_002B,
+    basic: 0x01D8_1000_0000_0004,
     pin: 0xFF,
     exit: 0xD07F_FFFF,
     entry: 0x0010_FFFF,

@@ -273,3 +273,35 @@ fn failures() {
         assert_eq!(Table::new(number).vectoring(0).guest(), Exit::Unknown { reason: number.into() });
     }
 }
+
+/// Answers everything with noise.
+struct Noise(RefCell<u64>);
+
+impl Fields for Noise {
+    fn read<F: Readable>(&self, _: F) -> F::Value {
+        let mut state = self.0.borrow_mut();
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        F::value(*state >> (*state & 31))
+    }
+}
+
+#[test]
+fn noise_is_decoded_to_something_that_can_be() {
+    let noise = Noise(RefCell::new(0x9E37_79B9_7F4A_7C15));
+    for _ in 0..100_000 {
+        let decoded = exit::decode(&noise);
+        if let Some(Event::Exception(exception)) = decoded.unfinished {
+            assert!(event::injection(Event::Exception(exception), true).unwrap().info.vector() < 32);
+        }
+        match decoded.exit {
+            VmExit::Guest(Exit::Port(access)) => assert!((1..=8).contains(&access.size_bytes)),
+            VmExit::Guest(Exit::ControlRegister(access) | Exit::DebugRegister(access)) => {
+                assert!(access.register < 16 && access.gpr.is_none_or(|gpr| gpr < 16));
+            }
+            VmExit::Apic(access) => assert!(access.offset() < 4096),
+            _ => {}
+        }
+    }
+}

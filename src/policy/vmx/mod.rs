@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Intel VMX without the instructions: which controls a CPU gets, what an exit means, what an event looks like at VM entry.
+//! Intel VMX without the instructions: which controls a CPU gets, what an exit means, what events and registers look like at VM entry, when
+//! the CPU delivers interrupts itself.
 #![forbid(unsafe_code)]
 
+pub mod apicv;
 pub mod event;
 pub mod exit;
 pub mod guest_state;
+pub mod msr_bitmap;
 pub mod negotiate;
+pub mod pdpte;
+pub mod timer;
 
 #[cfg(test)]
 mod cpus;

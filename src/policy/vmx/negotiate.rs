@@ -363,7 +363,7 @@ pub fn negotiate(msrs: &CapabilityMsrs, options: Options) -> Result<Config, Refu
 fn choose(msrs: &CapabilityMsrs, word: Word, always: u32, later: u32, optional: u32) -> Result<u32, Refusal> {
     let allowed = msrs.allowed(word);
     let chosen = always | optional & allowed.may() | allowed.must();
-    let missing = (always | later) & !allowed.may();
+    let missing = (always | later | allowed.must()) & !allowed.may();
     if missing != 0 {
         return Err(Refusal::Missing { word, bits: missing });
     }

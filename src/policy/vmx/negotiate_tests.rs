@@ -13,7 +13,7 @@ use crate::arch::{
     cr::{cr0, cr4},
     msr,
     vmcs::{
-        caps::{ept_vpid, InveptType, InvvpidType},
+        caps::{ept_vpid, Basic, InveptType, InvvpidType},
         control::{entry, exit, pin, primary, secondary},
     },
 };
@@ -313,4 +313,54 @@ fn every_refusal_has_its_line() {
     assert_eq!(forced.to_string(), "primary execution controls 0x8000 cannot be off");
     let missing = Refusal::Missing { word: Word::Entry, bits: 0x200 };
     assert_eq!(missing.to_string(), "VM-entry controls 0x200 cannot be on");
+}
+
+#[test]
+fn random_capabilities_are_refused_or_legal() {
+    let mut state = 0x2545_F491_4F6C_DD1D_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let (mut good, mut refused) = (0, 0);
+    for round in 0..20_000 {
+        let mut msrs = GOOD[round % GOOD.len()].msrs;
+        for msr in [
+            &mut msrs.basic,
+            &mut msrs.true_pin,
+            &mut msrs.true_primary,
+            &mut msrs.secondary,
+            &mut msrs.true_exit,
+            &mut msrs.true_entry,
+            &mut msrs.ept_vpid,
+            &mut msrs.misc,
+        ] {
+            if next() & 7 == 0 {
+                *msr ^= 1 << (next() & 63);
+            }
+        }
+        match negotiate(&msrs, Options { apicv: next() & 1 != 0 }) {
+            Ok(config) => {
+                good += 1;
+                assert!(Basic(msrs.basic).true_controls(), "without them CR3 exits are forced");
+                let controls = config.controls;
+                for (value, msr) in [
+                    (controls.pin, msrs.true_pin),
+                    (controls.primary, msrs.true_primary),
+                    (controls.secondary, msrs.secondary),
+                    (controls.exit, msrs.true_exit),
+                    (controls.entry, msrs.true_entry),
+                ] {
+                    assert!(legal(value, msr), "{value:#x} {msr:#x}");
+                }
+            }
+            Err(refusal) => {
+                refused += 1;
+                assert!(!refusal.to_string().is_empty());
+            }
+        }
+    }
+    assert!(good > 5_000 && refused > 500, "{good} {refused}");
 }

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0
+//! VMX on this host: whether it may be used, and what each CPU keeps for it.
+#![forbid(unsafe_code)]
+
+use core::{
+    cell::Cell,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use kernel::{prelude::*, sync::Arc};
+
+use super::insn::Operation;
+use crate::{
+    arch::{cpuid::leaf7_ecx, msr},
+    glue::{
+        cpu::{self, HostFeatures, IrqsOff},
+        error,
+        percpu::PerCpu,
+        phys::{Bytes, PhysBox},
+        virt::Hardware,
+        vmx::{host_state, CacheFlush, HostState},
+    },
+    policy::vmx::{
+        negotiate::{enabled_by_firmware, negotiate},
+        CapabilityMsrs, Config, Options,
+    },
+};
+
+/// PRED_CMD: a whole barrier.
+const PRED_CMD_IBPB: u64 = 1;
+/// What one CPU keeps.
+struct PerCpuState {
+    operation: Operation,
+    /// What exits load, read when this CPU is first used.
+    host: Cell<Option<HostState>>,
+    /// Number of the vCPU that ran here last, 0 for none.
+    last_vcpu: Cell<u64>,
+}
+
+/// Intel VMX on this host.
+pub(crate) struct Vmx {
+    per_cpu: PerCpu<PerCpuState>,
+    pub(super) features: HostFeatures,
+    /// Control words and what else of VMX is used.
+    pub(super) config: Config,
+    /// Bits of a linear address.
+    pub(super) linear_bits: u32,
+    pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
+    cache_flush: CacheFlush,
+    vpids: Vpids,
+}
+
+impl Vmx {
+    /// Whether this CPU has VMX, on or not.
+    pub(crate) fn present() -> bool {
+        cpu::cpuid(1, 0)[2] & 1 << 5 != 0
+    }
+
+    /// Looks at the host. Each refusal is one line in the log: `ENODEV` without VMX, `EPERM` when firmware disabled it, `EOPNOTSUPP`
+    /// without what Krab needs of it.
+    pub(crate) fn probe() -> Result<Arc<Self>> {
+        let features = cpu::host_features();
+        if !Self::present() {
+            pr_err!("this CPU has no VMX (or its hypervisor does not offer it): Krab needs Intel VMX with EPT\n");
+            return Err(ENODEV);
+        }
+        // The kernel locks the register at boot and then hides the feature if it was locked without it.
+        if !features.vmx || !firmware_allows() {
+            pr_err!("VMX is disabled by firmware: turn it on in the firmware's setup (often called VT-x)\n");
+            return Err(EPERM);
+        }
+        let [signature, ..] = cpu::cpuid(1, 0);
+        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
+        let config = negotiate(&capabilities, Options { apicv: false }).map_err(|refusal| {
+            pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
+            error::unsupported()
+        })?;
+        let cache_flush = CacheFlush::new(&features)?;
+        let per_cpu = PerCpu::new(|| {
+            Ok(PerCpuState {
+                operation: Operation::new(config.revision)?,
+                host: Cell::new(None),
+                last_vcpu: Cell::new(0),
+            })
+        })?;
+        let mut msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
+        msr_bitmap.0.fill(0xFF);
+        for msr in PASSED_THROUGH {
+            pass_through(&mut msr_bitmap.0, msr);
+        }
+        let vpids = Vpids::new()?;
+        let linear_bits = if cpu::cpuid(7, 0)[2] & leaf7_ecx::LA57 != 0 { 57 } else { 48 };
+        Ok(Arc::new(Self { per_cpu, features, config, linear_bits, msr_bitmap, cache_flush, vpids }, GFP_KERNEL)?)
+    }
+
+    /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
+    #[inline]
+    pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
+        let last = self.per_cpu.get(irqs).last_vcpu.replace(vcpu);
+        if last != vcpu && self.features.ibpb {
+            // Each vCPU is a prediction domain of its own.
+            cpu::write_pred_cmd(PRED_CMD_IBPB);
+        }
+        if self.features.ibpb_exit_to_user {
+            cpu::ibpb_before_user(irqs);
+        }
+    }
+
+    /// Host code ran on this CPU: nothing of what it used may be in the cache for a guest to read by L1TF.
+    #[inline]
+    pub(super) fn flush_cache(&self) {
+        self.cache_flush.flush();
+    }
+
+    /// What this CPU needs for VMX operation.
+    #[inline]
+    pub(super) fn operation<'a>(&'a self, irqs: &'a IrqsOff) -> &'a Operation {
+        &self.per_cpu.get(irqs).operation
+    }
+
+    /// Calls `f` with what exits load on this CPU.
+    #[inline]
+    pub(super) fn with_host_state<R>(&self, irqs: &IrqsOff, f: impl FnOnce(&HostState) -> R) -> R {
+        let state = self.per_cpu.get(irqs);
+        let host = state.host.take().unwrap_or_else(|| host_state(irqs));
+        let result = f(&host);
+        state.host.set(Some(host));
+        result
+    }
+
+    /// A VPID that no other vCPU has, or `None` when all are taken or the CPU has none.
+    pub(super) fn take_vpid(&self) -> Option<u16> {
+        self.config.features.vpid.and_then(|_| self.vpids.take())
+    }
+
+    /// Gives it back.
+    pub(super) fn give_vpid(&self, vpid: u16) {
+        self.vpids.give(vpid);
+    }
+}
+
+impl Hardware for Vmx {
+    /// Nothing is left on outside of the run loop's stretches of interrupts off: this only looks whether it can be turned on.
+    fn enable(&self, irqs: &IrqsOff) -> Result {
+        // The CPU may have come back from suspend or a reset.
+        self.per_cpu.get(irqs).host.set(None);
+        if firmware_allows() {
+            Ok(())
+        } else {
+            Err(EPERM)
+        }
+    }
+
+    fn disable(&self, _irqs: &IrqsOff) {}
+}
+
+fn firmware_allows() -> bool {
+    enabled_by_firmware(cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0))
+}
+
+/// One bit for each of the 65536 identifiers. 0 is the host's.
+struct Vpids(KVVec<AtomicU64>);
+
+impl Vpids {
+    fn new() -> Result<Self> {
+        let mut words = KVVec::with_capacity(65536 / 64, GFP_KERNEL)?;
+        for index in 0..65536 / 64 {
+            words.push(AtomicU64::new(u64::from(index == 0)), GFP_KERNEL)?;
+        }
+        Ok(Self(words))
+    }
+
+    fn take(&self) -> Option<u16> {
+        for (index, word) in self.0.iter().enumerate() {
+            loop {
+                let old = word.load(Ordering::Relaxed);
+                let bit = old.trailing_ones();
+                if bit == 64 {
+                    break;
+                }
+                if word.compare_exchange(old, old | 1 << bit, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+                    return Some((index * 64 + bit as usize) as u16);
+                }
+            }
+        }
+        None
+    }
+
+    fn give(&self, vpid: u16) {
+        if let Some(word) = self.0.get(usize::from(vpid / 64)) {
+            word.fetch_and(!(1 << (vpid % 64)), Ordering::Relaxed);
+        }
+    }
+}
+
+/// MSRs that the VMCS or [`TaskState`](crate::glue::vmx::TaskState) switches and that guests use often: no exit.
+const PASSED_THROUGH: [u32; 3] = [msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE];
+
+/// Clears the read and write bits of `msr`. SDM "MSR-Bitmap Address": 1 KiB each for reads of low and high MSRs, then for writes.
+fn pass_through(map: &mut [u8], msr: u32) {
+    let (range, index) = match msr {
+        0..=0x1FFF => (0, msr),
+        0xC000_0000..=0xC000_1FFF => (0x400, msr & 0x1FFF),
+        _ => return,
+    };
+    for offset in [range, range + 0x800] {
+        if let Some(byte) = map.get_mut(offset + index as usize / 8) {
+            *byte &= !(1 << (index % 8));
+        }
+    }
+}

@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The software's copy of a guest's registers.
+//!
+//! What the guest changes only with an exit (control registers but CR3, EFER, DR7, most MSRs) is always known here. The rest is in the
+//! VMCS: while that is loaded, single fields are read when somebody asks; outside, everything is read at once, in a short stretch of its
+//! own if need be, and kept until the guest runs again.
+#![forbid(unsafe_code)]
+
+use core::cell::Cell;
+
+use kernel::{prelude::*, sync::Arc};
+
+use super::{
+    cpu::Vmx,
+    insn::{CurrentVmcs, Vmcs},
+};
+use crate::{
+    arch::{
+        cr::{cr0, cr4, efer, rflags},
+        segment::{DescriptorTable, Segment, SegmentName},
+        vmcs::{
+            control::{activity, entry},
+            AccessRights, Control32, ControlNatural, Guest32, Guest64, GuestNatural, SegmentFields,
+        },
+    },
+    glue::{cpu::IrqsOff, vmx::SyscallMsrs},
+    guest::SystemRegs,
+    policy::vmx::{
+        event::{fix_interruptibility, pending_debug_for},
+        guest_state::Context,
+    },
+};
+
+/// Numbers of segments: ES to GS as instructions encode them, then LDTR and TR.
+pub(super) const LDTR: usize = 6;
+pub(super) const TR: usize = 7;
+pub(super) const SS: usize = SegmentName::Ss as usize;
+pub(super) const FS: usize = SegmentName::Fs as usize;
+pub(super) const GS: usize = SegmentName::Gs as usize;
+
+/// Names of segments 0 to 5.
+const NAMES: [SegmentName; 6] =
+    [SegmentName::Es, SegmentName::Cs, SegmentName::Ss, SegmentName::Ds, SegmentName::Fs, SegmentName::Gs];
+
+/// The fields of segments 0 to 7.
+const SEGMENTS: [SegmentFields; 8] = {
+    let [es, cs, ss, ds, fs, gs] = SegmentFields::ALL;
+    [es, cs, ss, ds, fs, gs, SegmentFields::LDTR, SegmentFields::TR]
+};
+
+/// Groups of fields that are read and written together: bits of `valid` and `dirty`. Segment N is bit N.
+pub(super) mod group {
+    pub(in super::super) const SEGMENTS: u32 = 0xFF;
+    pub(in super::super) const GDTR: u32 = 1 << 8;
+    pub(in super::super) const IDTR: u32 = 1 << 9;
+    pub(in super::super) const CR3: u32 = 1 << 10;
+    pub(in super::super) const INTERRUPTIBILITY: u32 = 1 << 11;
+    /// What the guest changes without an exit.
+    pub(in super::super) const VOLATILE: u32 = SEGMENTS | GDTR | IDTR | CR3 | INTERRUPTIBILITY;
+    pub(in super::super) const CR0: u32 = 1 << 16;
+    pub(in super::super) const CR4: u32 = 1 << 17;
+    pub(in super::super) const EFER: u32 = 1 << 18;
+    pub(in super::super) const DR7: u32 = 1 << 19;
+    pub(in super::super) const MSRS: u32 = 1 << 20;
+    /// Pending debug exceptions and what else a reset sets.
+    pub(in super::super) const RESET: u32 = 1 << 21;
+    pub(in super::super) const PDPTES: u32 = 1 << 22;
+    /// What decides on the paging mode.
+    pub(in super::super) const PAGING: u32 = CR0 | CR3 | CR4 | EFER;
+}
+
+/// A vCPU's VMCS and the host that runs it.
+pub(super) struct Machine {
+    pub(super) host: Arc<Vmx>,
+    pub(super) vmcs: Vmcs,
+    /// The VMCS could not be loaded, in this stretch of interrupts off.
+    lost: Cell<bool>,
+}
+
+impl Machine {
+    pub(super) fn new(host: Arc<Vmx>) -> Result<Self> {
+        let vmcs = Vmcs::new(host.config.revision)?;
+        Ok(Self { host, vmcs, lost: Cell::new(false) })
+    }
+
+    /// Makes the VMCS current on this CPU until `unload`.
+    #[inline]
+    pub(super) fn load(&self, irqs: &IrqsOff) {
+        let loaded = self.vmcs.load(self.host.operation(irqs), irqs);
+        self.lost.set(loaded.is_err());
+    }
+
+    #[inline]
+    pub(super) fn unload(&self, irqs: &IrqsOff) {
+        if self.vmcs.unload(self.host.operation(irqs), irqs).is_err() {
+            pr_warn!("an access to a VMCS failed\n");
+        }
+        self.lost.set(false);
+    }
+}
+
+/// The guest's registers but for what `Regs` holds.
+pub(super) struct GuestState {
+    pub(super) cr0: u64,
+    pub(super) cr2: u64,
+    pub(super) cr4: u64,
+    pub(super) efer: u64,
+    pub(super) dr6: u64,
+    pub(super) dr7: u64,
+    pub(super) pat: u64,
+    pub(super) sysenter: [u64; 3],
+    pub(super) syscall: SyscallMsrs,
+    pub(super) kernel_gs_base: u64,
+    pub(super) spec_ctrl: u64,
+
+    pdptes: [u64; 4],
+    /// The entries at CR3 were not read since the paging mode or CR3 was set.
+    pdptes_stale: bool,
+
+    /// Copies: meaningful where `valid` says so.
+    segments: [Cell<Segment>; 8],
+    gdtr: Cell<DescriptorTable>,
+    idtr: Cell<DescriptorTable>,
+    cr3: Cell<u64>,
+    interruptibility: Cell<u32>,
+    valid: Cell<u32>,
+    /// Groups that the next entry writes. Those of `VOLATILE` are valid too.
+    dirty: u32,
+}
+
+impl GuestState {
+    /// All zero, and all of it to be written.
+    pub(super) fn new() -> Self {
+        Self {
+            cr0: 0,
+            cr2: 0,
+            cr4: 0,
+            efer: 0,
+            dr6: 0,
+            dr7: 0,
+            pat: 0,
+            sysenter: [0; 3],
+            syscall: SyscallMsrs::default(),
+            kernel_gs_base: 0,
+            spec_ctrl: 0,
+            pdptes: [0; 4],
+            pdptes_stale: false,
+            segments: Default::default(),
+            gdtr: Cell::default(),
+            idtr: Cell::default(),
+            cr3: Cell::new(0),
+            interruptibility: Cell::new(0),
+            valid: Cell::new(group::VOLATILE),
+            dirty: u32::MAX,
+        }
+    }
+
+    /// The guest ran: what it may have changed is only in the VMCS.
+    #[inline]
+    pub(super) fn ran(&mut self) {
+        self.valid.set(0);
+    }
+
+    /// Whether the next entry has something to write.
+    #[inline]
+    pub(super) fn is_dirty(&self) -> bool {
+        self.dirty != 0
+    }
+
+    /// Whether the copy of a group is good. If it is not, the VMCS is loaded and its fields can be asked.
+    #[inline]
+    fn has(&self, machine: &Machine, group: u32) -> bool {
+        if self.valid.get() & group != 0 {
+            return true;
+        }
+        if machine.vmcs.is_current() {
+            return false;
+        }
+        self.read_back(machine);
+        true
+    }
+
+    /// Reads everything that is only in the VMCS, in process context.
+    #[cold]
+    fn read_back(&self, machine: &Machine) {
+        if machine.lost.get() {
+            return;
+        }
+        let irqs = IrqsOff::new();
+        machine.load(&irqs);
+        if machine.vmcs.is_current() {
+            self.read_groups(machine, group::VOLATILE);
+        }
+        machine.unload(&irqs);
+    }
+
+    /// Reads those of `groups` that are not known.
+    pub(super) fn read_groups(&self, machine: &Machine, groups: u32) {
+        let missing = groups & !self.valid.get();
+        for (number, segment) in self.segments.iter().enumerate() {
+            if missing & 1 << number != 0 {
+                segment.set(read_segment(&machine.vmcs, number));
+            }
+        }
+        if missing & group::GDTR != 0 {
+            self.gdtr.set(read_gdtr(&machine.vmcs));
+        }
+        if missing & group::IDTR != 0 {
+            self.idtr.set(read_idtr(&machine.vmcs));
+        }
+        if missing & group::CR3 != 0 {
+            self.cr3.set(machine.vmcs.peek(GuestNatural::Cr3));
+        }
+        if missing & group::INTERRUPTIBILITY != 0 {
+            self.interruptibility.set(machine.vmcs.peek(Guest32::Interruptibility));
+        }
+        self.valid.set(self.valid.get() | missing);
+    }
+
+    #[inline]
+    pub(super) fn segment(&self, machine: &Machine, number: usize) -> Segment {
+        let number = number & 7;
+        if self.has(machine, 1 << number) {
+            self.segments[number].get()
+        } else {
+            read_segment(&machine.vmcs, number)
+        }
+    }
+
+    pub(super) fn set_segment(&mut self, number: usize, value: Segment) {
+        let number = number & 7;
+        self.segments[number].set(value);
+        self.changed(1 << number);
+    }
+
+    pub(super) fn interruptibility(&self, machine: &Machine) -> u32 {
+        if self.has(machine, group::INTERRUPTIBILITY) {
+            return self.interruptibility.get();
+        }
+        let value = machine.vmcs.peek(Guest32::Interruptibility);
+        self.interruptibility.set(value);
+        self.valid.set(self.valid.get() | group::INTERRUPTIBILITY);
+        value
+    }
+
+    pub(super) fn set_interruptibility(&mut self, machine: &Machine, clear: u32, set: u32) {
+        let old = self.interruptibility(machine);
+        let new = old & !clear | set;
+        if new != old {
+            self.interruptibility.set(new);
+            self.changed(group::INTERRUPTIBILITY);
+        }
+    }
+
+    /// A group is set in its copy.
+    pub(super) fn changed(&mut self, groups: u32) {
+        self.valid.set(self.valid.get() | groups & group::VOLATILE);
+        self.dirty |= groups;
+        self.pdptes_stale |= groups & group::PAGING != 0;
+    }
+
+    #[inline]
+    pub(super) fn gdtr(&self, machine: &Machine) -> DescriptorTable {
+        if self.has(machine, group::GDTR) {
+            self.gdtr.get()
+        } else {
+            read_gdtr(&machine.vmcs)
+        }
+    }
+
+    pub(super) fn set_gdtr(&mut self, value: DescriptorTable) {
+        self.gdtr.set(value);
+        self.changed(group::GDTR);
+    }
+
+    #[inline]
+    pub(super) fn idtr(&self, machine: &Machine) -> DescriptorTable {
+        if self.has(machine, group::IDTR) {
+            self.idtr.get()
+        } else {
+            read_idtr(&machine.vmcs)
+        }
+    }
+
+    pub(super) fn set_idtr(&mut self, value: DescriptorTable) {
+        self.idtr.set(value);
+        self.changed(group::IDTR);
+    }
+
+    #[inline]
+    pub(super) fn cr3(&self, machine: &Machine) -> u64 {
+        if self.has(machine, group::CR3) {
+            self.cr3.get()
+        } else {
+            machine.vmcs.peek(GuestNatural::Cr3)
+        }
+    }
+
+    pub(super) fn set_cr3(&mut self, value: u64) {
+        self.cr3.set(value);
+        self.changed(group::CR3);
+    }
+
+    /// The privilege level is that of the stack segment's descriptor, even when it is null.
+    #[inline]
+    pub(super) fn cpl(&self, machine: &Machine) -> u8 {
+        if self.has(machine, 1 << SS) {
+            self.segments[SS].get().attributes.dpl()
+        } else {
+            AccessRights(machine.vmcs.peek(Guest32::SsAccessRights)).dpl()
+        }
+    }
+
+    #[inline]
+    pub(super) fn wants_pdptes(&self) -> bool {
+        self.pdptes_stale && self.cr0 & cr0::PG != 0 && self.cr4 & cr4::PAE != 0 && self.efer & efer::LMA == 0
+    }
+
+    /// Entries with reserved bits, which MOV to a control register would refuse, are taken as not present.
+    pub(super) fn set_pdptes(&mut self, entries: [u64; 4]) {
+        /// Bits 2 to 1, 8 to 5 and the address above the architecture's 52 bits.
+        const RESERVED: u64 = 0xFFF0_0000_0000_01E6;
+        self.pdptes = entries.map(|entry| if entry & RESERVED == 0 { entry } else { 0 });
+        self.pdptes_stale = false;
+        self.changed(group::PDPTES);
+    }
+
+    /// Everything but CR8.
+    pub(super) fn system_regs(&self, machine: &Machine) -> SystemRegs {
+        let [es, cs, ss, ds, fs, gs, ldtr, tr] = core::array::from_fn(|number| self.segment(machine, number));
+        SystemRegs {
+            segments: [es, cs, ss, ds, fs, gs],
+            ldtr,
+            tr,
+            gdtr: self.gdtr(machine),
+            idtr: self.idtr(machine),
+            cr0: self.cr0,
+            cr2: self.cr2,
+            cr3: self.cr3(machine),
+            cr4: self.cr4,
+            cr8: 0,
+            efer: self.efer,
+            cpl: ss.attributes.dpl(),
+        }
+    }
+
+    pub(super) fn set_system_regs(&mut self, regs: &SystemRegs) {
+        for (number, segment) in regs.segments.iter().enumerate() {
+            self.set_segment(number, *segment);
+        }
+        self.set_segment(LDTR, regs.ldtr);
+        self.set_segment(TR, regs.tr);
+        self.set_gdtr(regs.gdtr);
+        self.set_idtr(regs.idtr);
+        self.set_cr3(regs.cr3);
+        self.cr0 = regs.cr0;
+        self.cr2 = regs.cr2;
+        self.cr4 = regs.cr4;
+        self.efer = regs.efer;
+        self.changed(group::CR0 | group::CR4 | group::EFER);
+    }
+
+    /// Writes what the software changed.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn write_dirty(&mut self, machine: &Machine, vmcs: CurrentVmcs<'_>, rflags: u64) {
+        let config = &machine.host.config;
+        let stack = self.segment(machine, SS).attributes;
+        let context = Context::of(self.cr0, self.efer, rflags, stack, machine.host.linear_bits);
+        let dirty = core::mem::take(&mut self.dirty);
+        for (number, (segment, fields)) in self.segments.iter().zip(&SEGMENTS).enumerate() {
+            if dirty & 1 << number != 0 {
+                let segment = &segment.get();
+                let raw = match NAMES.get(number) {
+                    Some(name) => context.segment(*name, segment),
+                    None if number == LDTR => context.ldtr(segment),
+                    None => context.tr(segment),
+                };
+                vmcs.write(fields.selector, raw.selector);
+                vmcs.write(fields.base, raw.base);
+                vmcs.write(fields.limit, raw.limit);
+                vmcs.write(fields.access_rights, raw.access_rights.0);
+            }
+        }
+        if dirty & group::GDTR != 0 {
+            let table = context.table(self.gdtr.get());
+            vmcs.write(GuestNatural::GdtrBase, table.base);
+            vmcs.write(Guest32::GdtrLimit, table.limit.into());
+        }
+        if dirty & group::IDTR != 0 {
+            let table = context.table(self.idtr.get());
+            vmcs.write(GuestNatural::IdtrBase, table.base);
+            vmcs.write(Guest32::IdtrLimit, table.limit.into());
+        }
+        if dirty & group::CR3 != 0 {
+            vmcs.write(GuestNatural::Cr3, context.cr3(self.cr3.get()));
+        }
+        if dirty & group::INTERRUPTIBILITY != 0 {
+            vmcs.write(Guest32::Interruptibility, fix_interruptibility(self.interruptibility.get(), rflags));
+        }
+        if dirty & group::CR0 != 0 {
+            // Entries do not load CD and NW: hardware's copy has caching on.
+            vmcs.write(GuestNatural::Cr0, config.cr0.apply(self.cr0 & !(cr0::CD | cr0::NW)));
+            vmcs.write(ControlNatural::Cr0Shadow, self.cr0);
+        }
+        if dirty & group::CR4 != 0 {
+            // A machine check in a guest without MCE would shut the CPU down.
+            vmcs.write(GuestNatural::Cr4, config.cr4.apply(self.cr4 | cr4::MCE));
+            vmcs.write(ControlNatural::Cr4Shadow, self.cr4);
+        }
+        if dirty & group::EFER != 0 {
+            let long = if self.efer & efer::LMA != 0 { entry::IA32E_MODE_GUEST } else { 0 };
+            vmcs.write(Guest64::Efer, self.efer);
+            vmcs.write(Control32::Entry, config.controls.entry | long);
+        }
+        if dirty & group::DR7 != 0 {
+            vmcs.write(GuestNatural::Dr7, self.dr7);
+        }
+        if dirty & group::MSRS != 0 {
+            let [cs, esp, eip] = self.sysenter;
+            vmcs.write(Guest32::SysenterCs, cs as u32);
+            vmcs.write(GuestNatural::SysenterEsp, esp);
+            vmcs.write(GuestNatural::SysenterEip, eip);
+            vmcs.write(Guest64::Pat, self.pat);
+        }
+        if dirty & group::PDPTES != 0 {
+            let fields = [Guest64::Pdpte0, Guest64::Pdpte1, Guest64::Pdpte2, Guest64::Pdpte3];
+            for (field, entry) in fields.into_iter().zip(self.pdptes) {
+                vmcs.write(field, entry);
+            }
+        }
+        if dirty & group::RESET != 0 {
+            vmcs.write(GuestNatural::PendingDebugExceptions, 0);
+            vmcs.write(Guest32::ActivityState, activity::ACTIVE);
+        }
+    }
+
+    /// With TF set and events blocked by STI or MOV SS, the CPU insists on a pending single-step trap. SDM "Checks on Guest
+    /// Non-Register State".
+    #[cold]
+    pub(super) fn prepare_single_step(&self, machine: &Machine, vmcs: CurrentVmcs<'_>) {
+        let blocking = self.interruptibility(machine);
+        let pending = vmcs.read(GuestNatural::PendingDebugExceptions);
+        let wanted = pending_debug_for(pending, blocking, rflags::TF, false);
+        if wanted != pending {
+            vmcs.write(GuestNatural::PendingDebugExceptions, wanted);
+        }
+    }
+}
+
+fn read_segment(vmcs: &Vmcs, number: usize) -> Segment {
+    let fields = &SEGMENTS[number & 7];
+    Segment {
+        base: vmcs.peek(fields.base),
+        limit: vmcs.peek(fields.limit),
+        selector: vmcs.peek(fields.selector),
+        attributes: AccessRights(vmcs.peek(fields.access_rights)).attributes(),
+    }
+}
+
+fn read_gdtr(vmcs: &Vmcs) -> DescriptorTable {
+    DescriptorTable { base: vmcs.peek(GuestNatural::GdtrBase), limit: vmcs.peek(Guest32::GdtrLimit) as u16 }
+}
+
+fn read_idtr(vmcs: &Vmcs) -> DescriptorTable {
+    DescriptorTable { base: vmcs.peek(GuestNatural::IdtrBase), limit: vmcs.peek(Guest32::IdtrLimit) as u16 }
+}
