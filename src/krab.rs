@@ -86,8 +86,7 @@ impl<V: Vendor> Registered<V> {
     /// `/dev/krab`, and `/dev/kvm` if it is wanted.
     fn new(hardware: Arc<V>, as_kvm: bool) -> Result<Self> {
         let host = Host::new(hardware)?;
-        let register =
-            |node| KBox::pin_init(CharDevice::register(System(host.clone()), node), GFP_KERNEL);
+        let register = |node| KBox::pin_init(CharDevice::register(System(host.clone()), node), GFP_KERNEL);
         let kvm = match as_kvm {
             true => Some(register(Node::KVM).inspect_err(|error| {
                 if *error == EBUSY {

@@ -9,8 +9,8 @@
 use crate::arch::addr::{PAGE_SHIFT, PAGE_SIZE};
 use crate::arch::{Gfn, Hva, Level};
 
-/// Slots that userspace may have, ids 0 to 32763: KVM_CAP_NR_MEMSLOTS.
-pub const USER_SLOTS: u32 = 32764;
+/// Slots that userspace may have, ids 0 to 8191: KVM_CAP_NR_MEMSLOTS. A change copies all of them, so there are not as many as in KVM.
+pub const USER_SLOTS: u32 = 8192;
 /// Most pages in a slot, so that a dirty bitmap is indexed with 31 bits.
 pub const MAX_PAGES: u64 = (1 << 31) - 1;
 

@@ -41,8 +41,8 @@ fn rules() {
     let rows = [
         (request(7, 0xA_0000, 0x6_0000, 0x5000, 0), Ok(Change::Create { to: 1 })),
         (request(7, 0x201_0000, 0x1000, 0x5000, flags::READONLY), Ok(Change::Create { to: 3 })),
-        (request(32763, 0x201_0000, 0x1000, 0, 3), Ok(Change::Create { to: 3 })),
-        (request(32764, 0x201_0000, 0x1000, 0x5000, 0), invalid),
+        (request(8191, 0x201_0000, 0x1000, 0, 3), Ok(Change::Create { to: 3 })),
+        (request(8192, 0x201_0000, 0x1000, 0x5000, 0), invalid),
         (request(1 << 16, 0x201_0000, 0x1000, 0x5000, 0), invalid),
         (request(u32::MAX, 0x201_0000, 0x1000, 0x5000, 0), invalid),
         (request(7, 0x201_0000, 0x1000, 0x5000, 4), invalid),

@@ -336,8 +336,9 @@ impl<M: GuestMem> Walk<'_, M> {
 
     /// PAE paging: a page-directory pointer, then two levels.
     fn pae(&self) -> Attempt {
-        /// Bits 2-1 and 8-5 of a pointer, and 63-52 of all entries.
-        const POINTER_RESERVED: u64 = 0x1E6;
+        /// Bits 2-1 and 8-6 of a pointer, and 63-52 of all entries. Bit 5 is reserved, too, but QEMU's emulated CPU sets it when it walks,
+        /// as if it were an accessed bit, and the guest ran on with it.
+        const POINTER_RESERVED: u64 = 0x1C6;
         const HIGH: u64 = 0xFFF0_0000_0000_0000;
         let at = Gpa((self.context.cr3 & 0xFFFF_FFE0) | (((self.gva >> 30) & 3) << 3));
         let pointer = self.mem.read_u64(at).map_err(|why| WalkError::Tables(at, why))?;
