@@ -88,11 +88,6 @@ void krab_cpuid(u32 leaf, u32 subleaf, u32 *out)
 	cpuid_count(leaf, subleaf, &out[0], &out[1], &out[2], &out[3]);
 }
 
-unsigned int krab_this_cpu(void)
-{
-	return raw_smp_processor_id();
-}
-
 unsigned int krab_cpu_ids(void)
 {
 	return nr_cpu_ids;

@@ -47,7 +47,6 @@ void krab_ibpb_before_user(void);
 
 u64 krab_virt_to_phys(const void *pointer);
 void krab_cpuid(u32 leaf, u32 subleaf, u32 *out);
-unsigned int krab_this_cpu(void);
 unsigned int krab_cpu_ids(void);
 void krab_on_each_cpu(void (*fn)(void *), void *arg);
 void krab_cpus_read_lock(void);

@@ -95,8 +95,7 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
 /// Number of the current CPU. Only a hint unless the caller cannot migrate.
 #[inline]
 pub(crate) fn current() -> usize {
-    // SAFETY: reading the CPU number is always allowed.
-    unsafe { bindings::krab_this_cpu() as usize }
+    super::task::this_cpu() as usize
 }
 
 /// One more than the highest possible CPU number.

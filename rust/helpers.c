@@ -14,6 +14,7 @@
 
 #include <linux/slab.h>
 #include <linux/srcu.h>
+#include <asm/tsc.h>
 
 #include "helpers.h"
 
@@ -212,6 +213,13 @@ void krab_read_clocks(struct krab_clocks *clocks)
 	clocks->real_ns = ktime_sub(now.systime, ktime_mono_to_any(0, TK_OFFS_BOOT)) + ktime_mono_to_any(0, TK_OFFS_REAL);
 }
 
+bool krab_tsc_is_stable(void)
+{
+	return !check_tsc_unstable();
+}
+
+/* srcu.rs */
+
 void *krab_srcu_new(void)
 {
 	struct srcu_struct *domain = kzalloc(sizeof(*domain), GFP_KERNEL_ACCOUNT);
@@ -242,6 +250,23 @@ void krab_srcu_read_unlock(void *domain, int index)
 void krab_srcu_synchronize(void *domain)
 {
 	synchronize_srcu_expedited(domain);
+}
+
+void krab_srcu_call(void *domain, struct rcu_head *head, void (*done)(struct rcu_head *head))
+{
+	call_srcu(domain, head, done);
+}
+
+void krab_srcu_barrier(void *domain)
+{
+	srcu_barrier(domain);
+}
+
+/* signal.rs */
+
+void krab_send_memory_error(u64 address)
+{
+	send_sig_mceerr(BUS_MCEERR_AR, (void __user *)address, PAGE_SHIFT, current);
 }
 
 u64 krab_set_signal_mask(u64 mask)

@@ -85,6 +85,8 @@ void krab_read_clocks(struct krab_clocks *clocks);
 
 /* signal.rs */
 u64 krab_set_signal_mask(u64 mask);
+void krab_send_memory_error(u64 address);
+bool krab_tsc_is_stable(void);
 
 /* srcu.rs: the domain is a struct srcu_struct */
 void *krab_srcu_new(void);
@@ -92,5 +94,7 @@ void krab_srcu_free(void *domain);
 int krab_srcu_read_lock(void *domain);
 void krab_srcu_read_unlock(void *domain, int index);
 void krab_srcu_synchronize(void *domain);
+void krab_srcu_call(void *domain, struct rcu_head *head, void (*done)(struct rcu_head *head));
+void krab_srcu_barrier(void *domain);
 
 #endif

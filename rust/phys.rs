@@ -11,21 +11,27 @@ use crate::arch::Hpa;
 ///
 /// # Invariants
 ///
-/// The memory is one slab or page allocation, so it is contiguous, and aligned as `T` asks (4 KiB for what hardware takes).
-pub(crate) struct PhysBox<T>(KBox<T>);
+/// `memory` is one slab or page allocation, so it is contiguous, and aligned as `T` asks (4 KiB for what hardware takes). `address` is its
+/// physical address.
+pub(crate) struct PhysBox<T> {
+    memory: KBox<T>,
+    address: Hpa,
+}
 
 impl<T: Zeroable> PhysBox<T> {
     /// Allocates; may sleep. The size of `T` must be a power of two: that is what makes the allocator align it.
     pub(crate) fn new() -> Result<Self> {
         const { assert!(core::mem::size_of::<T>().is_power_of_two()) };
-        Ok(Self(KBox::zeroed(GFP_KERNEL_ACCOUNT)?))
+        let memory: KBox<T> = KBox::zeroed(GFP_KERNEL_ACCOUNT)?;
+        // SAFETY: the pointer is to the linear map, as every slab allocation is.
+        let address = Hpa(unsafe { bindings::krab_virt_to_phys((&raw const *memory).cast()) });
+        Ok(Self { memory, address })
     }
 
     /// Where hardware finds it.
     #[inline]
     pub(crate) fn address(&self) -> Hpa {
-        // SAFETY: the pointer is to the linear map, as every slab allocation is.
-        Hpa(unsafe { bindings::krab_virt_to_phys((&raw const *self.0).cast()) })
+        self.address
     }
 }
 
@@ -34,14 +40,14 @@ impl<T> Deref for PhysBox<T> {
 
     #[inline]
     fn deref(&self) -> &T {
-        &self.0
+        &self.memory
     }
 }
 
 impl<T> DerefMut for PhysBox<T> {
     #[inline]
     fn deref_mut(&mut self) -> &mut T {
-        &mut self.0
+        &mut self.memory
     }
 }
 

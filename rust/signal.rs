@@ -1,8 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The signal mask of KVM_SET_SIGNAL_MASK, in force while a vCPU runs.
+//! Signals of the current thread: the mask of KVM_SET_SIGNAL_MASK, in force while a vCPU runs, and the one for broken memory.
 use core::marker::PhantomData;
 
 use super::bindings as own;
+use crate::arch::Hva;
+
+/// Sends SIGBUS (BUS_MCEERR_AR) to the current thread: the page at `hva` is broken, and the guest wants it.
+pub(crate) fn memory_is_broken(hva: Hva) {
+    // SAFETY: the address is only told.
+    unsafe { own::krab_send_memory_error(hva.0) };
+}
 
 /// The current thread's signal mask is another one until this is dropped.
 pub(crate) struct Masked {

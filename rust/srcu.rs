@@ -4,7 +4,7 @@ use core::{
     ffi::c_void,
     ops::Deref,
     ptr::NonNull,
-    sync::atomic::{AtomicPtr, Ordering},
+    sync::atomic::{AtomicBool, AtomicPtr, Ordering},
 };
 
 use kernel::prelude::*;
@@ -20,6 +20,30 @@ use super::bindings;
 pub(crate) struct SrcuCell<T> {
     domain: NonNull<c_void>,
     current: AtomicPtr<T>,
+    /// Values are left to [`Retired`].
+    any_retired: AtomicBool,
+}
+
+/// A value that is dropped when the last reader has gone.
+///
+/// # Invariants
+///
+/// `head` is the first field, and queued from [`SrcuCell::replace_soon`] until the callback.
+#[repr(C)]
+struct Retired<T> {
+    head: kernel::bindings::callback_head,
+    value: *mut T,
+}
+
+impl<T> Retired<T> {
+    unsafe extern "C" fn done(head: *mut kernel::bindings::callback_head) {
+        // SAFETY: the head is that of a `Retired` made by `KBox::into_raw`; it and its value belong to this callback now, because every
+        // reader that could have loaded the value has left.
+        unsafe {
+            let this = KBox::from_raw(head.cast::<Self>());
+            drop(KBox::from_raw(this.value));
+        }
+    }
 }
 
 // SAFETY: the value is dropped by whoever replaces it or drops the cell.
@@ -40,7 +64,7 @@ impl<T> SrcuCell<T> {
         let value = KBox::new(value, GFP_KERNEL_ACCOUNT)?;
         // SAFETY: no preconditions.
         let domain = NonNull::new(unsafe { bindings::krab_srcu_new() }).ok_or(ENOMEM)?;
-        Ok(Self { domain, current: AtomicPtr::new(KBox::into_raw(value)) })
+        Ok(Self { domain, current: AtomicPtr::new(KBox::into_raw(value)), any_retired: AtomicBool::new(false) })
     }
 
     /// The current value. Works in any context but NMI; a reader may sleep.
@@ -64,10 +88,35 @@ impl<T> SrcuCell<T> {
         drop(unsafe { KBox::from_raw(old) });
         Ok(())
     }
+
+    /// As [`replace`](Self::replace), but does not wait: whoever reads now may see the old value a little longer, and it is
+    /// dropped later, in a context that must not sleep. Its memory counts until then, so not for values that are large or replaced often.
+    pub(crate) fn replace_soon(&self, value: T) -> Result
+    where
+        T: 'static,
+    {
+        let new = KBox::new(value, GFP_KERNEL_ACCOUNT)?;
+        let retired = KBox::new(
+            Retired { head: kernel::bindings::callback_head::default(), value: core::ptr::null_mut::<T>() },
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        let retired = KBox::into_raw(retired);
+        self.any_retired.store(true, Ordering::Relaxed);
+        // SAFETY: the box is ours until it is queued; `done` gets it back. The drop of the cell waits for that.
+        unsafe {
+            (*retired).value = self.current.swap(KBox::into_raw(new), Ordering::AcqRel);
+            bindings::krab_srcu_call(self.domain.as_ptr(), retired.cast(), Some(Retired::<T>::done));
+        }
+        Ok(())
+    }
 }
 
 impl<T> Drop for SrcuCell<T> {
     fn drop(&mut self) {
+        if *self.any_retired.get_mut() {
+            // SAFETY: the domain is initialised.
+            unsafe { bindings::krab_srcu_barrier(self.domain.as_ptr()) };
+        }
         // SAFETY: `&mut self`: there are no readers.
         unsafe {
             drop(KBox::from_raw(*self.current.get_mut()));

@@ -117,6 +117,12 @@ pub fn tsc_khz() -> u32 {
     unsafe { core::ptr::read_volatile(&raw const bindings::tsc_khz) }
 }
 
+/// Whether the TSCs of all CPUs agree and run evenly, as far as the kernel knows.
+pub fn tsc_is_stable() -> bool {
+    // SAFETY: always allowed.
+    unsafe { own::krab_tsc_is_stable() }
+}
+
 /// One instant on several clocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Instant {

@@ -155,7 +155,7 @@ impl<V: Vendor> State<V> {
                 system_time: clock_ns,
                 tsc_to_system_mul: scale.mul,
                 tsc_shift: scale.shift,
-                flags: PVCLOCK_TSC_STABLE_BIT,
+                flags: if timer::tsc_is_stable() { PVCLOCK_TSC_STABLE_BIT } else { 0 },
                 pad: [0; 2],
             };
             let _ = view.write(at, info.as_bytes());

@@ -178,7 +178,8 @@ impl Irq {
         let same_place = |old: &Ioevent| old.pio == new.pio && old.address == new.address && old.len == new.len;
         let old = self.ioevents.read();
         let mut all = KVVec::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
-        if request.flags & KVM_IOEVENTFD_FLAG_DEASSIGN != 0 {
+        let deassign = request.flags & KVM_IOEVENTFD_FLAG_DEASSIGN != 0;
+        if deassign {
             let is_it = |event: &Ioevent| {
                 same_place(event) && event.data_match == new.data_match && event.eventfd.is_same(&new.eventfd)
             };
@@ -208,6 +209,11 @@ impl Irq {
             self.any_ioevents.store(true, Release);
         }
         drop(old);
-        self.ioevents.replace(all)
+        // A new one may be missed by a write that is under way, so nobody waits; one that goes is not signalled after this. A long table
+        // does not stay around.
+        match deassign || all.len() > 256 {
+            true => self.ioevents.replace(all),
+            false => self.ioevents.replace_soon(all),
+        }
     }
 }

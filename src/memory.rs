@@ -16,7 +16,9 @@ use crate::{
     abi::vm::{KvmClearDirtyLog, KvmDirtyLog, KvmPreFaultMemory, KvmUserspaceMemoryRegion},
     arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
     glue::{
+        error,
         guest_mem::{AddressSpace, Invalidate, Want},
+        signal,
         srcu::{SrcuCell, SrcuGuard},
         tables::{TablePages, TableStock},
         task, user,
@@ -397,7 +399,8 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     }
 
     /// Maps what a nested fault asked for. With `may_sleep` off it works with interrupts off, and may answer [`Fault::Sleep`].
-    /// Errors are those of the page: EFAULT, EHWPOISON, EINTR.
+    /// Errors are those of the page: EFAULT, EINTR.
+    /// Broken memory is a SIGBUS for the thread.
     pub(crate) fn fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
         let slots = self.space.slots.read();
         let gfn = fault.gpa.gfn();
@@ -415,7 +418,14 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         loop {
             let seq = self.space.snapshot();
             let page = if may_sleep {
-                self.space.fault_in(hva, want)?
+                match self.space.fault_in(hva, want) {
+                    Err(error) if error == error::hwpoison() => {
+                        // The guest goes back to the access, unless the signal has its way first.
+                        signal::memory_is_broken(hva);
+                        return Ok(Fault::Sleep);
+                    }
+                    page => page?,
+                }
             } else {
                 match self.space.fault_in_fast(hva, want) {
                     Some(page) => page,

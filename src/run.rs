@@ -266,7 +266,9 @@ impl<V: Vendor> Vcpu<V> {
 
     /// What others asked for and what needs process context.
     fn serve_requests(&self, core: &mut Core<V>) {
-        core.state.drain_inbox(&self.vm, &self.peer);
+        if !self.peer.inbox.is_empty() {
+            core.state.drain_inbox(&self.vm, &self.peer);
+        }
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
             self.peer.stats.count(VcpuStat::TlbFlush);

@@ -532,6 +532,8 @@ impl<V: Vendor> State<V> {
             if let (Some(lapic), Some(cell)) = (&self.lapic, vm.peers.card(self.index)) {
                 cell.publish(lapic.card());
             }
+            // The 8259A may have risen while this CPU did not listen.
+            self.pic_signal = vm.irq.pic_output();
         }
         if let Some(message) = work.ipi {
             vm.peers.deliver(&message, Origin::Cpu(self.index));

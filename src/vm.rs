@@ -101,7 +101,9 @@ impl<V: Vendor> Vm<V> {
         let now = timer::instant();
         KvmClockData {
             clock: self.clock.at(now.tsc.unwrap_or_else(timer::tsc)),
-            flags: KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
+            flags: KVM_CLOCK_REALTIME
+                | if timer::tsc_is_stable() { KVM_CLOCK_TSC_STABLE } else { 0 }
+                | if now.tsc.is_some() { KVM_CLOCK_HOST_TSC } else { 0 },
             realtime: now.real_ns,
             host_tsc: now.tsc.unwrap_or(0),
             ..KvmClockData::new_zeroed()

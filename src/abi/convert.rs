@@ -107,14 +107,14 @@ fn from_table(kvm: &KvmDtable) -> DescriptorTable {
 impl KvmSregs {
     /// With no interrupt in the bitmap.
     pub fn new(regs: &SystemRegs, apic_base: u64) -> Self {
-        let [es, cs, ss, ds, fs, gs] = regs.segments.each_ref().map(KvmSegment::from);
+        let [es, cs, ss, ds, fs, gs] = &regs.segments;
         Self {
-            cs,
-            ds,
-            es,
-            fs,
-            gs,
-            ss,
+            cs: cs.into(),
+            ds: ds.into(),
+            es: es.into(),
+            fs: fs.into(),
+            gs: gs.into(),
+            ss: ss.into(),
             tr: (&regs.tr).into(),
             ldt: (&regs.ldtr).into(),
             gdt: table(regs.gdtr),

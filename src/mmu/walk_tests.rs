@@ -210,7 +210,7 @@ fn reference(m: &Memory, c: &Context, gva: u64, access: Option<Access>) -> Resul
             }
             match shift {
                 48 | 39 => reserved.push(7),
-                30 if pointer => reserved.extend([1, 2, 5, 6, 7, 8]),
+                30 if pointer => reserved.extend([1, 2, 6, 7, 8]),
                 30 if large => reserved.extend(13..30),
                 30 => reserved.push(7),
                 21 if large => reserved.extend(13..21),
@@ -546,7 +546,10 @@ fn legacy_modes() {
     memory.set(0x7000 + 511 * 8, 0xA0_0000 | 0x87);
     assert_eq!(walk(&memory, &context, Gva(0xFFFF_FFFF), Access::WRITE).map(|t| t.gpa), Ok(Gpa(0xBF_FFFF)));
     assert_eq!(memory.get(0x6020 + 3 * 8), 0x7001);
-    for reserved in [1, 2, 5, 8, 40, 52, 63] {
+    memory.set(0x6020 + 3 * 8, 0x7021);
+    let with_bit_5 = walk(&memory, &context, Gva(0xFFFF_FFFF), Access::READ);
+    assert_eq!(with_bit_5.map(|t| t.gpa), Ok(Gpa(0xBF_FFFF)), "QEMU's CPU sets it");
+    for reserved in [1, 2, 6, 8, 40, 52, 63] {
         memory.set(0x6020 + 3 * 8, 0x7001 | (1 << reserved));
         assert_eq!(walk(&memory, &context, Gva(0xFFFF_FFFF), Access::READ), fault(0xD, 0xFFFF_FFFF), "{reserved}");
     }

@@ -478,6 +478,8 @@ impl VendorVcpu for SvmVcpu {
             // A virtual interrupt of the highest priority, intercepted where it would be delivered.
             control.int_ctl |= window;
             control.intercept_misc1 |= misc1::VINTR;
+            // QEMU 10.0's emulation of SVM ends itself when a guest writes CR8 while a virtual interrupt waits.
+            control.intercept_cr |= CR8_WRITE;
         } else {
             control.int_ctl &= !window;
             control.intercept_misc1 &= !misc1::VINTR;
@@ -499,6 +501,7 @@ impl VendorVcpu for SvmVcpu {
 
     fn want_cr8_writes(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
+        let wanted = wanted || control.int_ctl & int_ctl::V_IRQ != 0;
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
     }
 

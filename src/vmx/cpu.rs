@@ -11,7 +11,11 @@ use kernel::{prelude::*, sync::Arc};
 
 use super::insn::Operation;
 use crate::{
-    arch::{cpuid::leaf7_ecx, msr},
+    arch::{
+        cpuid::leaf7_ecx,
+        msr,
+        vmcs::control::{entry, exit},
+    },
     glue::{
         cpu::{self, HostFeatures, IrqsOff},
         error,
@@ -45,6 +49,8 @@ pub(crate) struct Vmx {
     pub(super) config: Config,
     /// Bits of a linear address.
     pub(super) linear_bits: u32,
+    /// The host's performance counters stand still while a guest runs.
+    pub(super) perf_global_ctrl: bool,
     pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
     cache_flush: CacheFlush,
     vpids: Vpids,
@@ -71,10 +77,15 @@ impl Vmx {
         }
         let [signature, ..] = cpu::cpuid(1, 0);
         let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
-        let config = negotiate(&capabilities, Options { apicv: false }).map_err(|refusal| {
+        let mut config = negotiate(&capabilities, Options { apicv: false }).map_err(|refusal| {
             pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
             error::unsupported()
         })?;
+        let perf_global_ctrl = config.features.perf_global_ctrl && cpu::read_msr(msr::PERF_GLOBAL_CTRL).is_ok();
+        if perf_global_ctrl {
+            config.controls.entry |= entry::LOAD_PERF_GLOBAL_CTRL;
+            config.controls.exit |= exit::LOAD_PERF_GLOBAL_CTRL;
+        }
         let cache_flush = CacheFlush::new(&features)?;
         let per_cpu = PerCpu::new(|| {
             Ok(PerCpuState {
@@ -90,7 +101,10 @@ impl Vmx {
         }
         let vpids = Vpids::new()?;
         let linear_bits = if cpu::cpuid(7, 0)[2] & leaf7_ecx::LA57 != 0 { 57 } else { 48 };
-        Ok(Arc::new(Self { per_cpu, features, config, linear_bits, msr_bitmap, cache_flush, vpids }, GFP_KERNEL)?)
+        Ok(Arc::new(
+            Self { per_cpu, features, config, linear_bits, perf_global_ctrl, msr_bitmap, cache_flush, vpids },
+            GFP_KERNEL,
+        )?)
     }
 
     /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
@@ -110,6 +124,15 @@ impl Vmx {
     #[inline]
     pub(super) fn flush_cache(&self) {
         self.cache_flush.flush();
+    }
+
+    /// Which performance counters of the host count, for exits to load; 0 where entries do not stop them.
+    #[inline]
+    pub(super) fn read_perf_global_ctrl(&self) -> u64 {
+        match self.perf_global_ctrl {
+            true => cpu::read_msr(msr::PERF_GLOBAL_CTRL).unwrap_or(0),
+            false => 0,
+        }
     }
 
     /// What this CPU needs for VMX operation.

@@ -3,7 +3,7 @@
 //! debug_regs, begins with INT3, which QEMU's EPYC does not let a hypervisor intercept.
 
 use krabtest::guest::*;
-use krabtest::harness::{bochs, tcg};
+use krabtest::harness::tcg;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::Errno;
@@ -49,7 +49,7 @@ fn steps_over_everything() {
     for offset in [11, 12, 14, 16, 19] {
         let (exception, pc, dr6) = debug_exit(&g);
         assert_eq!((exception, pc), (1, offset));
-        assert!(dr6 & 0x4000 != 0 || bochs(), "DR6.BS: {dr6:#x}");
+        assert!(dr6 & 0x4000 != 0, "DR6.BS: {dr6:#x}");
         assert_eq!(g.cpu.regs().rflags & 0x100, 0, "our trap flag is seen");
     }
     debug(&g, 0, [0; 8]);
@@ -60,9 +60,6 @@ fn steps_over_everything() {
 }
 
 fn watchpoint_and_guests_registers() {
-    if bochs() {
-        skip!("Bochs leaves DR6 as it was");
-    }
     let g = Guest::long(lm_debugged());
     let mut d: kvm_debugregs = assert_ok!(g.cpu.get(KVM_GET_DEBUGREGS));
     d.db = [1, 2, 3, 4];
@@ -83,7 +80,7 @@ fn code_breakpoint() {
     debug(&g, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, [0, CODE + 12, 0, 0, 0, 0, 0, 0x408]);
     let (exception, pc, dr6) = debug_exit(&g);
     assert_eq!((exception, pc), (1, 12));
-    assert!(dr6 & 0xf == 2 || bochs(), "DR6 {dr6:#x}");
+    assert!(dr6 & 0xf == 2, "DR6 {dr6:#x}");
     // It is hit again until it is taken away.
     assert_eq!(debug_exit(&g).1, 12);
     debug(&g, KVM_GUESTDBG_ENABLE, [0; 8]);

@@ -6,7 +6,7 @@ use krabtest::harness::tcg;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::vm::Exit;
-use krabtest::{assert_ok, payload, skip, tests};
+use krabtest::{assert_ok, payload, tests};
 
 tests! { "exceptions";
     exceptions;

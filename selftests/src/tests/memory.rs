@@ -8,7 +8,7 @@ use krabtest::kvm::*;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Ram, Vcpu, Vm};
 use krabtest::{assert_err, assert_ok, payload, skip, tests};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 tests! { "memory";
     slot_add_delete;
@@ -21,6 +21,7 @@ tests! { "memory";
     munmap_while_running;
     dontneed_gives_zeros;
     mprotect_round_trip;
+    broken_memory_is_sigbus;
     mremap_moves_backing;
     fork_and_copy_on_write;
     host_writes_seen_by_guest;
@@ -327,6 +328,41 @@ fn dontneed_gives_zeros() {
         s.write(BASE + i * 0x1_1000, i + 100);
         assert_eq!(ram.read_u64(BASE + i * 0x1_1000), i + 100);
     }
+}
+
+/// What the handler below was told: code and address.
+static SIGBUS: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+
+/// Memory that the hardware reports as broken is a SIGBUS for the thread whose guest wants it.
+fn broken_memory_is_sigbus() {
+    extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: the kernel passes a valid structure.
+        let (code, at) = unsafe { ((*info).si_code, (*info).si_addr()) };
+        SIGBUS[0].store(code as u64, Ordering::SeqCst);
+        SIGBUS[1].store(at as u64, Ordering::SeqCst);
+    }
+    let s = Server::new();
+    let ram = s.g.vm.add_ram(1, BASE, 64 << 12);
+    s.write(BASE + 0x3000, 1);
+    s.write(BASE + 0x4000, 2);
+    let page = ram.at(BASE + 0x3000);
+    // SAFETY: a handler that only stores, and memory of this program's own that it does not touch again.
+    let r = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_sigbus as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+        libc::madvise(page as *mut _, 4096, libc::MADV_HWPOISON)
+    };
+    if r != 0 {
+        skip!("MADV_HWPOISON: {:?}", Errno::last());
+    }
+    s.start(0, BASE + 0x3000, 0);
+    assert_err!(s.g.cpu.run(), EINTR);
+    let told = [0, 1].map(|n| SIGBUS[n].load(Ordering::SeqCst));
+    // BUS_MCEERR_AR
+    assert_eq!(told, [4, page as u64]);
+    assert_eq!(s.read(BASE + 0x4000), 2);
 }
 
 fn mprotect_round_trip() {

@@ -11,7 +11,7 @@ use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::rng::Rng;
 use krabtest::vm::Exit;
-use krabtest::{assert_ok, payload, skip, tests};
+use krabtest::{assert_ok, payload, tests};
 
 tests! { "mmio";
     moves;

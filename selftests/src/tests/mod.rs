@@ -4,6 +4,7 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod client;
 pub mod debug;
 pub mod exceptions;
 pub mod host_state;
@@ -30,6 +31,7 @@ pub const GROUPS: &[Group] = &[
     memory::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    client::GROUP,
     windows::GROUP,
     stress::GROUP,
     safety::GROUP,
