@@ -8,7 +8,7 @@ use crate::{
     abi::{
         ioctl::*,
         vcpu::*,
-        vm::{KvmEnableCap, KvmPreFaultMemory},
+        vm::{KvmDeviceAttr, KvmEnableCap, KvmPreFaultMemory},
         FromZeros, IntoBytes,
     },
     arch::{Gpa, Gva, Hva},
@@ -197,6 +197,9 @@ impl<V: Vendor> Vcpu<V> {
                 Ok(())
             }),
             KVM_SET_GUEST_DEBUG => with(at, |request: KvmGuestDebug| core.set_guest_debug(&request)),
+            KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => with(at, |attr: KvmDeviceAttr| {
+                core.state.device_attribute(cmd, &attr)
+            }),
             KVM_PRE_FAULT_MEMORY => {
                 let mut range: KvmPreFaultMemory = user::read(at)?;
                 let done = vm.memory.pre_fault(&mut range);
@@ -252,6 +255,22 @@ impl<V: Vendor> Vcpu<V> {
 }
 
 impl<V: Vendor> State<V> {
+    /// The attributes of a vCPU: the offset of its TSC. `ENXIO` for others.
+    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr) -> Result {
+        if (attribute.group, attribute.attr) != (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET) {
+            return Err(ENXIO);
+        }
+        match cmd {
+            KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.hw.tsc_offset()),
+            KVM_SET_DEVICE_ATTR => {
+                self.hw.set_tsc_offset(user::read(Hva(attribute.addr))?);
+                self.clock.request_update();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) fn sregs(&self) -> KvmSregs {
         let mut regs = self.hw.system_regs();
         regs.cr8 = self.current_cr8().into();

@@ -214,9 +214,9 @@ ioctls! {
     KVM_PRE_FAULT_MEMORY = iowr::<KvmPreFaultMemory>(0xD5), 0xC040_AED5, C, Supported;
 
     KVM_CREATE_DEVICE = iowr::<KvmCreateDevice>(0xE0), 0xC00C_AEE0, V, Refused;
-    KVM_SET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE1), 0x4018_AEE1, S.or(V).or(C).or(D), Refused;
-    KVM_GET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE2), 0x4018_AEE2, S.or(V).or(C).or(D), Refused;
-    KVM_HAS_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE3), 0x4018_AEE3, S.or(V).or(C).or(D), Refused;
+    KVM_SET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE1), 0x4018_AEE1, C, Supported, "the offset of the TSC; ENOTTY on other descriptors";
+    KVM_GET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE2), 0x4018_AEE2, C, Supported, "the offset of the TSC; ENOTTY on other descriptors";
+    KVM_HAS_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE3), 0x4018_AEE3, C, Supported, "the offset of the TSC; ENOTTY on other descriptors";
 }
 
 /// KVM ioctls of other architectures, refused like any unknown number.

@@ -302,6 +302,10 @@ pub const KVM_MAX_CPUID_ENTRIES: u32 = 256;
 /// Most entries KVM_GET_MSRS and KVM_SET_MSRS take, as in KVM.
 pub const MAX_IO_MSRS: u32 = 256;
 
+/// Device attribute of a vCPU: the group and its one member, what the guest's TSC is ahead of the host's.
+pub const KVM_VCPU_TSC_CTRL: u32 = 0;
+pub const KVM_VCPU_TSC_OFFSET: u64 = 0;
+
 pub const KVM_SREGS2_FLAGS_PDPTRS_VALID: u64 = 1;
 
 pub const KVM_CPUID_FLAG_SIGNIFCANT_INDEX: u32 = 1 << 0;

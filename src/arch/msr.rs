@@ -51,6 +51,7 @@ pub const PAT: u32 = 0x277;
 /// CTL2 of machine-check bank N is at this plus N.
 pub const MC0_CTL2: u32 = 0x280;
 pub const MTRR_DEF_TYPE: u32 = 0x2FF;
+pub const PERF_GLOBAL_CTRL: u32 = 0x38F;
 /// CTL, STATUS, ADDR, MISC of machine-check bank N are at this plus 4 N and up.
 pub const MC0_CTL: u32 = 0x400;
 pub const VMX_BASIC: u32 = 0x480;

@@ -69,6 +69,7 @@ struct HostFields {
     cr3: u64,
     cr4: u64,
     fs_base: u64,
+    perf_global_ctrl: u64,
 }
 
 /// One vCPU.
@@ -220,6 +221,15 @@ impl VmxVcpu {
         }
         if let Some(vpid) = self.vpid {
             vmcs.write(Control16::Vpid, vpid);
+        }
+        let features = &self.machine.host.config.features;
+        if features.encls_exiting {
+            vmcs.write(Control64::EnclsExitBitmap, u64::MAX);
+        }
+        if self.machine.host.perf_global_ctrl {
+            // The host's counters do not count guests: a record of theirs would go to an address of the guest's.
+            vmcs.write(Guest64::PerfGlobalCtrl, 0);
+            vmcs.write(Host64::PerfGlobalCtrl, self.host_fields.perf_global_ctrl);
         }
         vmcs.write(Control64::MsrBitmaps, insn::address(&self.machine.host.msr_bitmap));
         vmcs.write(Control64::VirtualApicAddress, insn::address(&self.virtual_apic));
@@ -608,7 +618,7 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn set_pdptes(&mut self, entries: [u64; 4]) {
-        self.state.set_pdptes(entries);
+        self.state.set_pdptes(entries, self.machine.host.physical_bits);
     }
 
     #[inline]
@@ -649,7 +659,12 @@ impl VendorVcpu for VmxVcpu {
             self.flush |= flush::NESTED;
         }
         let (cr3, cr4) = vmcs.host_control_registers();
-        let now = HostFields { cr3, cr4, fs_base: self.task.as_ref().map_or(0, TaskState::fs_base) };
+        let now = HostFields {
+            cr3,
+            cr4,
+            fs_base: self.task.as_ref().map_or(0, TaskState::fs_base),
+            perf_global_ctrl: self.machine.host.read_perf_global_ctrl(),
+        };
         let old = core::mem::replace(&mut self.host_fields, now);
         for (field, value, old) in [
             (HostNatural::Cr3, now.cr3, old.cr3),
@@ -659,6 +674,9 @@ impl VendorVcpu for VmxVcpu {
             if value != old {
                 vmcs.write(field, value);
             }
+        }
+        if now.perf_global_ctrl != old.perf_global_ctrl {
+            vmcs.write(Host64::PerfGlobalCtrl, now.perf_global_ctrl);
         }
         self.machine.host.flush_cache();
     }

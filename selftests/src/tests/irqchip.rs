@@ -10,6 +10,8 @@ use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Vm};
 use krabtest::{assert_err, assert_ok, payload, tests};
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::lapic::{beside, ic_halt};
 
 tests! { "irqchip";
@@ -149,10 +151,15 @@ fn signal_msi() {
 fn msi_wakes_halted() {
     let g = Guest::long_irqchip(ic_halt());
     g.set_eoi(Eoi::Xapic);
+    let done = AtomicU64::new(0);
     std::thread::scope(|s| {
         s.spawn(|| {
             assert!(g.ram.wait_u64(DATA, 1, 5000), "the guest does not start");
             for i in 0..20 {
+                // Only when the guest is out of the handler of the last one: before, it need not be halted.
+                while done.load(Ordering::Acquire) < i {
+                    sleep_ms(1);
+                }
                 sleep_ms(1);
                 assert!(g.vm.signal_msi(APIC, 0x77).is_ok());
                 assert!(g.ram.wait_u64(COUNTS + 0x77 * 8, i + 1, 5000));
@@ -160,6 +167,7 @@ fn msi_wakes_halted() {
         });
         for _ in 0..20 {
             g.expect_done();
+            done.fetch_add(1, Ordering::Release);
         }
     });
     assert_eq!(g.count(0x77), 20);
@@ -171,10 +179,15 @@ fn irqfd_wakes_halted() {
     g.set_eoi(Eoi::Xapic);
     assert_ok!(Routing::new().msi(30, APIC, 0x77).set(&g.vm));
     assert_ok!(g.vm.irqfd(fd, 30, 0, 0));
+    let done = AtomicU64::new(0);
     std::thread::scope(|s| {
         s.spawn(|| {
             assert!(g.ram.wait_u64(DATA, 1, 5000), "the guest does not start");
             for i in 0..20 {
+                // Only when the guest is out of the handler of the last one: before, it need not be halted.
+                while done.load(Ordering::Acquire) < i {
+                    sleep_ms(1);
+                }
                 sleep_ms(1);
                 eventfd_write(fd, 1);
                 assert!(g.ram.wait_u64(COUNTS + 0x77 * 8, i + 1, 5000));
@@ -182,6 +195,7 @@ fn irqfd_wakes_halted() {
         });
         for _ in 0..20 {
             g.expect_done();
+            done.fetch_add(1, Ordering::Release);
         }
     });
     assert_eq!(g.count(0x77), 20);
