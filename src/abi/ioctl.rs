@@ -83,7 +83,6 @@ pub struct Ioctl {
 const S: Scope = Scope::SYSTEM;
 const V: Scope = Scope::VM;
 const C: Scope = Scope::VCPU;
-const D: Scope = Scope::DEVICE;
 
 /// Declares the constants, checks each against the number in Linux's headers, and collects the table.
 macro_rules! ioctls {

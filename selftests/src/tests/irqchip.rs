@@ -10,9 +10,8 @@ use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Vm};
 use krabtest::{assert_err, assert_ok, payload, tests};
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use super::lapic::{beside, ic_halt};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 tests! { "irqchip";
     create_errors;
@@ -184,7 +183,6 @@ fn irqfd_wakes_halted() {
         s.spawn(|| {
             assert!(g.ram.wait_u64(DATA, 1, 5000), "the guest does not start");
             for i in 0..20 {
-                // Only when the guest is out of the handler of the last one: before, it need not be halted.
                 while done.load(Ordering::Acquire) < i {
                     sleep_ms(1);
                 }
