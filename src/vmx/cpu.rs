@@ -25,6 +25,7 @@ use crate::{
         vmx::{host_state, CacheFlush, HostState},
     },
     policy::vmx::{
+        msr_bitmap,
         negotiate::{enabled_by_firmware, negotiate},
         CapabilityMsrs, Config, Options,
     },
@@ -49,6 +50,8 @@ pub(crate) struct Vmx {
     pub(super) config: Config,
     /// Bits of a linear address.
     pub(super) linear_bits: u32,
+    /// Bits of a physical address.
+    pub(super) physical_bits: u32,
     /// The host's performance counters stand still while a guest runs.
     pub(super) perf_global_ctrl: bool,
     pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
@@ -97,12 +100,23 @@ impl Vmx {
         let mut msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
         msr_bitmap.0.fill(0xFF);
         for msr in PASSED_THROUGH {
-            pass_through(&mut msr_bitmap.0, msr);
+            msr_bitmap::set(&mut msr_bitmap.0, msr, false, false);
         }
         let vpids = Vpids::new()?;
+        let physical_bits = cpu::cpuid(0x8000_0008, 0)[0] & 0xFF;
         let linear_bits = if cpu::cpuid(7, 0)[2] & leaf7_ecx::LA57 != 0 { 57 } else { 48 };
         Ok(Arc::new(
-            Self { per_cpu, features, config, linear_bits, perf_global_ctrl, msr_bitmap, cache_flush, vpids },
+            Self {
+                per_cpu,
+                features,
+                config,
+                linear_bits,
+                physical_bits,
+                perf_global_ctrl,
+                msr_bitmap,
+                cache_flush,
+                vpids,
+            },
             GFP_KERNEL,
         )?)
     }
@@ -218,17 +232,3 @@ impl Vpids {
 
 /// MSRs that the VMCS or [`TaskState`](crate::glue::vmx::TaskState) switches and that guests use often: no exit.
 const PASSED_THROUGH: [u32; 3] = [msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE];
-
-/// Clears the read and write bits of `msr`. SDM "MSR-Bitmap Address": 1 KiB each for reads of low and high MSRs, then for writes.
-fn pass_through(map: &mut [u8], msr: u32) {
-    let (range, index) = match msr {
-        0..=0x1FFF => (0, msr),
-        0xC000_0000..=0xC000_1FFF => (0x400, msr & 0x1FFF),
-        _ => return,
-    };
-    for offset in [range, range + 0x800] {
-        if let Some(byte) = map.get_mut(offset + index as usize / 8) {
-            *byte &= !(1 << (index % 8));
-        }
-    }
-}

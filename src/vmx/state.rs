@@ -28,6 +28,7 @@ use crate::{
     policy::vmx::{
         event::{fix_interruptibility, pending_debug_for},
         guest_state::Context,
+        pdpte,
     },
 };
 
@@ -313,14 +314,12 @@ impl GuestState {
 
     #[inline]
     pub(super) fn wants_pdptes(&self) -> bool {
-        self.pdptes_stale && self.cr0 & cr0::PG != 0 && self.cr4 & cr4::PAE != 0 && self.efer & efer::LMA == 0
+        self.pdptes_stale && pdpte::in_use(self.cr0, self.cr4, self.efer)
     }
 
     /// Entries with reserved bits, which MOV to a control register would refuse, are taken as not present.
-    pub(super) fn set_pdptes(&mut self, entries: [u64; 4]) {
-        /// Bits 2 to 1, 8 to 5 and the address above the architecture's 52 bits.
-        const RESERVED: u64 = 0xFFF0_0000_0000_01E6;
-        self.pdptes = entries.map(|entry| if entry & RESERVED == 0 { entry } else { 0 });
+    pub(super) fn set_pdptes(&mut self, entries: [u64; 4], physical_bits: u32) {
+        self.pdptes = entries.map(|entry| if pdpte::valid(entry, physical_bits) { entry } else { 0 });
         self.pdptes_stale = false;
         self.changed(group::PDPTES);
     }

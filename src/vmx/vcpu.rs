@@ -618,7 +618,7 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn set_pdptes(&mut self, entries: [u64; 4]) {
-        self.state.set_pdptes(entries);
+        self.state.set_pdptes(entries, self.machine.host.physical_bits);
     }
 
     #[inline]
