@@ -4,6 +4,7 @@
  * not on the hot path. SDM "VM Entries", "VM Exits", and "VMX Instruction Reference" for how each tells its failure.
  */
 #include <linux/linkage.h>
+#include <linux/objtool.h>
 #include <asm/asm.h>
 #include <asm/cpufeatures.h>
 #include <asm/msr-index.h>
@@ -208,6 +209,8 @@ SYM_FUNC_END(krab_vmx_enter)
  */
 SYM_FUNC_START_LOCAL(krab_vmx_clear_branch_history)
 	ANNOTATE_NOENDBR
+	push	%rbp
+	mov	%rsp, %rbp
 	mov	$5, %ecx
 	ANNOTATE_INTRA_FUNCTION_CALL
 	call	.Lhistory_outer
@@ -235,8 +238,10 @@ SYM_FUNC_START_LOCAL(krab_vmx_clear_branch_history)
 	RET
 .Lhistory_done:
 	lfence
+	pop	%rbp
 	RET
 SYM_FUNC_END(krab_vmx_clear_branch_history)
+STACK_FRAME_NON_STANDARD(krab_vmx_clear_branch_history)
 
 /* One VMX instruction as a function that returns DONE, FAILED or FAULTED. */
 .macro VMX_FUNCTION name:req, instruction:vararg
