@@ -197,9 +197,9 @@ impl<V: Vendor> Vcpu<V> {
                 Ok(())
             }),
             KVM_SET_GUEST_DEBUG => with(at, |request: KvmGuestDebug| core.set_guest_debug(&request)),
-            KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => with(at, |attr: KvmDeviceAttr| {
-                core.state.device_attribute(cmd, &attr)
-            }),
+            KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => {
+                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr))
+            }
             KVM_PRE_FAULT_MEMORY => {
                 let mut range: KvmPreFaultMemory = user::read(at)?;
                 let done = vm.memory.pre_fault(&mut range);
