@@ -2,13 +2,13 @@
 //! A guest in real mode: exits for port I/O, MMIO and HLT, kicks, shutdown, mode switches, and garbage as code.
 
 use krabtest::guest::*;
-use krabtest::harness::{emulated, on_kvm, tcg};
+use krabtest::harness::emulated;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::rng::Rng;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Vcpu};
-use krabtest::{assert_err, assert_ok, payload, skip, tests};
+use krabtest::{assert_err, assert_ok, payload, tests};
 
 tests! { "real_mode";
     hlt;
@@ -29,12 +29,10 @@ tests! { "real_mode";
     triple_fault;
     run_after_shutdown;
     endless_loop_is_kicked;
-    refused_entry_keeps_interrupts;
     immediate_exit_completes_io;
     pending_io_dropped_by_new_state;
     to_protected_and_back;
     to_long_by_itself;
-    long_mode_enabled_without_paging;
     registers_survive;
     garbage_real(60);
     garbage_protected(60);
@@ -484,28 +482,6 @@ fn endless_loop_is_kicked() {
     assert_eq!(g.cpu.regs().rbx, before.rbx);
 }
 
-payload! { real_deaf, 16, "cli", "2: jmp 2b" }
-
-/// A guest with interrupts off is interrupted also after an entry that the CPU refused: QEMU (10.0) then empties the VMCB's `int_ctl`,
-/// V_INTR_MASKING with it.
-fn refused_entry_keeps_interrupts() {
-    if on_kvm() && tcg() {
-        skip!("KVM does not set V_INTR_MASKING again, and the host's CPU is lost");
-    }
-    let g = Guest::real(real_deaf());
-    let good = g.cpu.sregs();
-    // Beyond every CPU's physical addresses, and of no use without paging.
-    let bad = kvm_sregs { cr3: 1 << 60, ..good };
-    let refused = g.cpu.set(KVM_SET_SREGS, &bad).is_ok() && matches!(g.cpu.run_for(20), Ok(Exit::FailEntry(_)));
-    if !refused {
-        skip!("this CPU enters with such a CR3");
-    }
-    enter_real(&g.cpu, 0x1000);
-    for _ in 0..3 {
-        assert_err!(g.cpu.run_for(20), EINTR);
-    }
-}
-
 payload! { real_in_out, 16,
     "in al, 0x30",
     "mov bl, al",
@@ -650,40 +626,6 @@ fn to_long_by_itself() {
     assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
     let s = g.cpu.sregs();
     assert_eq!((s.efer & 0x500, s.cs.l, g.cpu.regs().rbx), (0x500, 1, 0x1122_3344_5566_7788));
-}
-
-payload! { real_lme, 16,
-    "mov ecx, 0xc0000080",
-    "rdmsr",
-    "mov ebx, eax",
-    "hlt",
-    "or ax, 0x100",
-    "wrmsr",
-    "rdmsr",
-    "mov ebx, eax",
-    "out 0x10, al",
-    "hlt",
-}
-
-/// EFER.LME without paging and without CR4.PAE is a state to be in, set by userspace or by the guest. Leaving such a guest is where
-/// QEMU (10.0) loses the host's CR0.PG, and with it the host.
-fn long_mode_enabled_without_paging() {
-    if on_kvm() && tcg() {
-        skip!("KVM gives LME to hardware, and QEMU's host is lost");
-    }
-    let g = Guest::real(real_lme());
-    let mut s = g.cpu.sregs();
-    s.efer |= 0x100;
-    g.cpu.set_sregs(&s);
-    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
-    assert_eq!((g.cpu.regs().rbx, g.cpu.sregs().efer, g.cpu.sregs().cr4 & 0x20), (0x100, 0x100, 0));
-    s.efer = 0;
-    g.cpu.set_sregs(&s);
-    expect_out(&g.cpu, 0x10, &[0]);
-    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
-    assert_eq!((g.cpu.regs().rbx, g.cpu.sregs().efer), (0x100, 0x100));
-    assert!(g.cpu.set_msr(0xc000_0080, 0));
-    assert_eq!(g.cpu.sregs().efer, 0);
 }
 
 payload! { real_exits_in_turn, 16,

@@ -2,17 +2,19 @@
 //! What a client may not do to its host: leak, hang, outlive a SIGKILL, or stop the host from taking CPUs away.
 
 use krabtest::guest::*;
-use krabtest::harness::on_kvm;
+use krabtest::harness::{on_kvm, tcg};
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::{self, *};
-use krabtest::vm::{Ram, Vm};
+use krabtest::vm::{Exit, Ram, Vm};
 use krabtest::{assert_err, assert_ok, payload, skip, tests};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 tests! { "safety";
     ioeventfds_are_limited(60);
     refused_irqfd_leaves_no_resampler;
+    refused_entry_keeps_interrupts;
+    long_mode_enabled_without_paging;
     waiter_for_a_vcpu_is_killable;
     killed_while_running(60);
     vms_come_and_go(120);
@@ -72,6 +74,63 @@ fn refused_irqfd_leaves_no_resampler() {
         assert!(now_ns() < end, "the good resample eventfd is never told");
     }
     assert_eq!(eventfd_read(refused), 0, "a refused resample eventfd is told");
+}
+
+payload! { real_deaf, 16, "cli", "2: jmp 2b" }
+
+/// A guest with interrupts off is interrupted also after an entry that the CPU refused: QEMU (10.0) then empties the VMCB's `int_ctl`,
+/// V_INTR_MASKING with it.
+fn refused_entry_keeps_interrupts() {
+    if on_kvm() && tcg() {
+        skip!("KVM does not set V_INTR_MASKING again, and the host's CPU is lost");
+    }
+    let g = Guest::real(real_deaf());
+    let good = g.cpu.sregs();
+    // Beyond every CPU's physical addresses, and of no use without paging.
+    let bad = kvm_sregs { cr3: 1 << 60, ..good };
+    let refused = g.cpu.set(KVM_SET_SREGS, &bad).is_ok() && matches!(g.cpu.run_for(20), Ok(Exit::FailEntry(_)));
+    if !refused {
+        skip!("this CPU enters with such a CR3");
+    }
+    enter_real(&g.cpu, 0x1000);
+    for _ in 0..3 {
+        assert_err!(g.cpu.run_for(20), EINTR);
+    }
+}
+
+payload! { real_lme, 16,
+    "mov ecx, 0xc0000080",
+    "rdmsr",
+    "mov ebx, eax",
+    "hlt",
+    "or ax, 0x100",
+    "wrmsr",
+    "rdmsr",
+    "mov ebx, eax",
+    "out 0x10, al",
+    "hlt",
+}
+
+/// EFER.LME without paging and without CR4.PAE is a state to be in, set by userspace or by the guest. Leaving such a guest is where
+/// QEMU (10.0) loses the host's CR0.PG, and with it the host.
+fn long_mode_enabled_without_paging() {
+    if on_kvm() && tcg() {
+        skip!("KVM gives LME to hardware, and QEMU's host is lost");
+    }
+    let g = Guest::real(real_lme());
+    let mut s = g.cpu.sregs();
+    s.efer |= 0x100;
+    g.cpu.set_sregs(&s);
+    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
+    assert_eq!((g.cpu.regs().rbx, g.cpu.sregs().efer, g.cpu.sregs().cr4 & 0x20), (0x100, 0x100, 0));
+    s.efer = 0;
+    g.cpu.set_sregs(&s);
+    let out = Exit::Io { out: true, port: 0x10, size: 1, count: 1, data: vec![0] };
+    assert_eq!(assert_ok!(g.cpu.run()), out);
+    assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
+    assert_eq!((g.cpu.regs().rbx, g.cpu.sregs().efer), (0x100, 0x100));
+    assert!(g.cpu.set_msr(0xc000_0080, 0));
+    assert_eq!(g.cpu.sregs().efer, 0);
 }
 
 payload! { sf_halt, 64, "2: cli", "hlt", "jmp 2b" }
