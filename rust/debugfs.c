@@ -3,6 +3,7 @@
  * Counters in debugfs: a folder for the module with the sums over all VMs, and in it one for each VM, PID-FD. What the counters
  * are, and where, is the caller's: it gives names and a function.
  */
+#include <linux/dcache.h>
 #include <linux/debugfs.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
@@ -71,6 +72,7 @@ void krab_debugfs_exit(void)
 struct krab_debugfs_vm *krab_debugfs_add_vm(int fd, const char *const *names, unsigned int count, const void *object)
 {
 	struct krab_debugfs_vm *vm = kzalloc(struct_size(vm, counters, count), GFP_KERNEL_ACCOUNT);
+	struct dentry *taken;
 	char name[32];
 	unsigned int n;
 
@@ -78,7 +80,11 @@ struct krab_debugfs_vm *krab_debugfs_add_vm(int fd, const char *const *names, un
 		return NULL;
 	vm->object = object;
 	snprintf(name, sizeof(name), "%d-%d", task_pid_nr(current), fd);
-	vm->folder = debugfs_create_dir(name, root);
+	/* A VM whose vCPUs outlive its descriptor still has the name. */
+	taken = debugfs_lookup(name, root);
+	if (taken)
+		dput(taken);
+	vm->folder = taken ? ERR_PTR(-EEXIST) : debugfs_create_dir(name, root);
 	for (n = 0; n < count; n++) {
 		vm->counters[n].vm = vm;
 		vm->counters[n].index = n;
