@@ -12,8 +12,10 @@
 #include <asm/fpu/api.h>
 #include <asm/fpu/xcr.h>
 #include <asm/io.h>
+#include <asm/mce.h>
 #include <asm/msr.h>
 #include <asm/nospec-branch.h>
+#include <asm/ptrace.h>
 #include <asm/special_insns.h>
 
 #include "cpu.h"
@@ -66,10 +68,15 @@ u64 krab_host_dr7(void)
 	return this_cpu_read(cpu_dr7);
 }
 
-/* A machine check ended the guest's run: the host's handler takes it through its own gate. */
+/*
+ * A machine check ended the guest's run. To the host's handler it came from user mode: what broke is this task's guest, not the
+ * kernel, which must not panic for it.
+ */
 void krab_machine_check(void)
 {
-	asm volatile("int $18");
+	struct pt_regs user = { .cs = __USER_CS, .flags = X86_EFLAGS_IF };
+
+	do_machine_check(&user);
 }
 
 /* This CPU ran a guest: the kernel puts a barrier before the next return to user code. */

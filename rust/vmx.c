@@ -46,12 +46,6 @@ void krab_vmx_read_host(struct krab_vmx_host *host)
 		.cs = __KERNEL_CS,
 		.ss = __KERNEL_DS,
 		.tr = GDT_ENTRY_TSS * 8,
-		.syscall = {
-			read_msr_or_zero(MSR_STAR),
-			read_msr_or_zero(MSR_LSTAR),
-			read_msr_or_zero(MSR_CSTAR),
-			read_msr_or_zero(MSR_SYSCALL_MASK),
-		},
 	};
 }
 
@@ -62,12 +56,13 @@ void krab_vmx_save_task(struct krab_vmx_task *task)
 	savesegment(es, task->es);
 	savesegment(fs, task->fs);
 	savesegment(gs, task->gs);
+	asm volatile("sldt %0" : "=m"(task->ldt));
 	task->fs_base = x86_fsbase_read_cpu();
 	task->kernel_gs_base = read_msr_or_zero(MSR_KERNEL_GS_BASE);
 }
 
 /*
- * A VM exit left null selectors, a task segment without the I/O bitmap and a descriptor table of the largest size. Loading a
+ * A VM exit left null selectors, no LDT, a task segment without the I/O bitmap and a descriptor table of the largest size. Loading a
  * selector changes the base behind it, so bases come last.
  */
 void krab_vmx_restore_task(const struct krab_vmx_task *task)
@@ -77,6 +72,8 @@ void krab_vmx_restore_task(const struct krab_vmx_task *task)
 	load_fixmap_gdt(raw_smp_processor_id());
 	/* Whoever needs the bitmap loads the segment again first. */
 	this_cpu_write(__tss_limit_invalid, true);
+	if (unlikely(task->ldt))
+		asm volatile("lldt %0" : : "m"(task->ldt));
 	if (unlikely(task->ds | task->es)) {
 		loadsegment(ds, task->ds);
 		loadsegment(es, task->es);

@@ -20,8 +20,6 @@ struct krab_vmx_host {
 	u16 cs;
 	u16 ss;
 	u16 tr;
-	/* STAR, LSTAR, CSTAR, SFMASK */
-	u64 syscall[4];
 };
 
 /* What belongs to the current task and is lost or replaced while a guest runs. */
@@ -32,6 +30,7 @@ struct krab_vmx_task {
 	u16 es;
 	u16 fs;
 	u16 gs;
+	u16 ldt;
 };
 
 void krab_vmx_read_host(struct krab_vmx_host *host);

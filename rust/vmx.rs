@@ -74,6 +74,12 @@ pub(crate) struct SyscallMsrs(pub(crate) [u64; 4]);
 impl SyscallMsrs {
     const NUMBERS: [u32; 4] = [msr::STAR, msr::LSTAR, msr::CSTAR, msr::SFMASK];
 
+    /// What is loaded now. Not always the host's: KVM leaves its guest's values until the next return to user mode, and must find
+    /// them again.
+    pub(crate) fn read(_irqs: &IrqsOff) -> Self {
+        Self(Self::NUMBERS.map(|number| cpu::read_msr(number).unwrap_or(0)))
+    }
+
     /// Replaces `self`, which is loaded, with `other`. With preemption off, and the host's must be back before it is on.
     pub(crate) fn replace(&mut self, other: &Self) {
         for ((number, now), wanted) in Self::NUMBERS.into_iter().zip(&mut self.0).zip(other.0) {

@@ -124,6 +124,9 @@ impl<V: Vendor> Vcpu<V> {
         if (dirty | page.load::<u64>(run::KVM_VALID_REGS)) & !KVM_SYNC_X86_VALID_FIELDS != 0 {
             return Err(EINVAL);
         }
+        if dirty == 0 {
+            return Ok(());
+        }
         if dirty & KVM_SYNC_X86_REGS != 0 {
             core.set_regs(&page.read(run::SYNC_REGS));
         }
@@ -133,9 +136,7 @@ impl<V: Vendor> Vcpu<V> {
         if dirty & KVM_SYNC_X86_EVENTS != 0 {
             core.set_vcpu_events(&self.vm.enabled, &page.read(run::SYNC_EVENTS))?;
         }
-        if dirty != 0 {
-            page.store(run::KVM_DIRTY_REGS, 0u64);
-        }
+        page.store(run::KVM_DIRTY_REGS, 0u64);
         Ok(())
     }
 
@@ -143,6 +144,9 @@ impl<V: Vendor> Vcpu<V> {
     fn give_registers(&self, core: &Core<V>) {
         let page = &self.run;
         let valid: u64 = page.load(run::KVM_VALID_REGS);
+        if valid == 0 {
+            return;
+        }
         if valid & KVM_SYNC_X86_REGS != 0 {
             page.write(run::SYNC_REGS, &KvmRegs::from(&core.state.regs));
         }

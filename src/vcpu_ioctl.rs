@@ -274,15 +274,11 @@ impl<V: Vendor> State<V> {
     pub(crate) fn sregs(&self) -> KvmSregs {
         let mut regs = self.hw.system_regs();
         regs.cr8 = self.current_cr8().into();
-        let mut sregs = KvmSregs::new(&regs, self.apic_base());
         let queued = match self.events.unfinished {
             Some(Event::Interrupt(vector)) => Some(vector),
             _ => self.user_interrupt.filter(|_| self.lapic.is_none()),
         };
-        if let Some(vector) = queued {
-            sregs.interrupt_bitmap[usize::from(vector >> 6)] |= 1 << (vector & 63);
-        }
-        sregs
+        KvmSregs::new(&regs, self.apic_base(), queued)
     }
 
     pub(crate) fn vcpu_events(&self, enabled: &Enabled) -> KvmVcpuEvents {

@@ -105,8 +105,13 @@ fn from_table(kvm: &KvmDtable) -> DescriptorTable {
 }
 
 impl KvmSregs {
-    /// With no interrupt in the bitmap.
-    pub fn new(regs: &SystemRegs, apic_base: u64) -> Self {
+    /// `interrupt`: the vector of one that is on its way to the guest, for the bitmap.
+    #[inline]
+    pub fn new(regs: &SystemRegs, apic_base: u64, interrupt: Option<u8>) -> Self {
+        let word = |number: u8| match interrupt {
+            Some(vector) if vector >> 6 == number => 1 << (vector & 63),
+            _ => 0,
+        };
         let [es, cs, ss, ds, fs, gs] = &regs.segments;
         Self {
             cs: cs.into(),
@@ -126,7 +131,7 @@ impl KvmSregs {
             cr8: regs.cr8,
             efer: regs.efer,
             apic_base,
-            interrupt_bitmap: [0; 4],
+            interrupt_bitmap: [word(0), word(1), word(2), word(3)],
         }
     }
 }
@@ -190,6 +195,9 @@ mod tests {
             gdtr: DescriptorTable { base: 6, limit: 7 },
             ..SystemRegs::default()
         };
-        assert_eq!(SystemRegs::from(&KvmSregs::new(&regs, 0)), regs);
+        assert_eq!(SystemRegs::from(&KvmSregs::new(&regs, 0, None)), regs);
+        assert_eq!(KvmSregs::new(&regs, 0, None).interrupt_bitmap, [0; 4]);
+        assert_eq!(KvmSregs::new(&regs, 0, Some(0x20)).interrupt_bitmap, [1 << 32, 0, 0, 0]);
+        assert_eq!(KvmSregs::new(&regs, 0, Some(0xC1)).interrupt_bitmap, [0, 0, 0, 2]);
     }
 }

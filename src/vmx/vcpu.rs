@@ -16,7 +16,7 @@ use crate::{
         cr::{cr0, dr, efer, rflags},
         segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName},
         vmcs::{
-            control::{eptp, interruptibility, primary, NO_LINK},
+            control::{eptp, interruptibility, primary, secondary, NO_LINK},
             exit::reason,
             Control16, Control32, Control64, ControlNatural, Guest64, GuestNatural, Host16, Host32, Host64,
             HostNatural,
@@ -147,7 +147,8 @@ impl Vendor for Vmx {
             wanted: 0,
             flush: flush::NESTED,
             last_cpu: usize::MAX,
-            host_fields: HostFields::default(),
+            // A base that no task has, so that the first one is written.
+            host_fields: HostFields { fs_base: u64::MAX, ..HostFields::default() },
             host_debugctl: DebugControl::default(),
             host_syscall: SyscallMsrs::default(),
             task: None,
@@ -202,7 +203,8 @@ impl VmxVcpu {
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
         let controls = &self.machine.host.config.controls;
         vmcs.write(Control32::Pin, controls.pin);
-        vmcs.write(Control32::Secondary, controls.secondary);
+        let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
+        vmcs.write(Control32::Secondary, controls.secondary & !without_vpid);
         vmcs.write(Control32::Exit, controls.exit);
         vmcs.write(Control32::ExceptionBitmap, EXCEPTIONS);
         for zero in [
@@ -245,9 +247,10 @@ impl VmxVcpu {
     /// What few entries need: fields that nearly never change, and forgetting translations.
     #[cold]
     fn prepare_rarely(&mut self, irqs: &IrqsOff) {
+        // Without a VMCS the entry fails, and what was wanted waits for the next one.
+        let Some(vmcs) = self.machine.vmcs.current(irqs) else { return };
         let dirty = core::mem::take(&mut self.dirty);
         let wanted = core::mem::take(&mut self.flush);
-        let Some(vmcs) = self.machine.vmcs.current(irqs) else { return };
         if dirty & own::CONSTANT != 0 {
             self.write_constants(vmcs);
         }
@@ -635,7 +638,7 @@ impl VendorVcpu for VmxVcpu {
         let task = TaskState::save(irqs);
         load_kernel_gs_base(self.state.kernel_gs_base, &task);
         self.task = Some(task);
-        self.host_syscall = self.machine.host.with_host_state(irqs, |host| SyscallMsrs(host.syscall));
+        self.host_syscall = SyscallMsrs::read(irqs);
         self.loaded_syscall = self.host_syscall;
         self.load_syscall_msrs();
     }
@@ -648,6 +651,7 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn load(&mut self, irqs: &IrqsOff) {
+        self.host_debugctl = DebugControl::default();
         self.machine.load(irqs);
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return };
         self.host_debugctl = DebugControl::read(irqs);

@@ -454,7 +454,10 @@ impl Context<'_> {
             }
             Register::Hardware(HardwareMsr::SysenterCs) => Some(value & 0xFFFF_FFFF),
             Register::Hardware(HardwareMsr::SpecCtrl) => (value & !caps.spec_ctrl == 0).then_some(value),
-            // AMD ignores the upper half, Intel reserves it.
+            // AMD ignores the upper halves of these, Intel reserves them.
+            Register::Hardware(HardwareMsr::Sfmask) => {
+                (self.caps.vendor == Vendor::Amd || value >> 32 == 0).then_some(value)
+            }
             Register::TscAux => (self.caps.vendor == Vendor::Amd || value >> 32 == 0).then_some(value & 0xFFFF_FFFF),
             _ => Some(value),
         };

@@ -390,8 +390,11 @@ fn time_stamp_counter() {
     assert_eq!(bench.read(By::Guest, msr::TSC_ADJUST), Read::Value(6));
     let aux = |value| Write::Register(Register::TscAux, value);
     assert_eq!(bench.write(By::Guest, msr::TSC_AUX, 1 << 32 | 5), aux(5));
+    let sfmask = Register::Hardware(HardwareMsr::Sfmask);
+    assert_eq!(bench.write(By::Guest, msr::SFMASK, 1 << 32 | 5), Write::Register(sfmask, 1 << 32 | 5));
     bench.caps.vendor = Vendor::Intel;
     assert_eq!(bench.write(By::Guest, msr::TSC_AUX, 1 << 32 | 5), Write::Gp);
+    assert_eq!(bench.write(By::Guest, msr::SFMASK, 1 << 32 | 5), Write::Gp);
     bench.caps.tsc_aux = false;
     assert_eq!(bench.write(By::Guest, msr::TSC_AUX, 5), Write::Gp);
     bench.caps.tsc_deadline = false;
