@@ -354,6 +354,11 @@ impl<V: Vendor> Vcpu<V> {
                 if state.events.triple_fault {
                     return Slow::Work;
                 }
+                if in_guest.must_leave() {
+                    // Taking the interrupt brought the next one: a kick by this very thread. What goes in is on its way and the exit
+                    // follows at once.
+                    cpu::interrupt_self(&irqs);
+                }
                 trace::entry(self.peer.id, state.regs.rip);
                 state.debug.before_entry(&mut state.regs.rflags);
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
@@ -544,9 +549,8 @@ impl<V: Vendor> State<V> {
             }
             self.hw.inject(event);
         }
-        // Another one may wait behind the one that goes in now.
-        let mut more =
-            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
+        // Another one may wait behind the one that goes in now, or behind a signal of the PIC that was none.
+        let mut more = entry.interrupt_window || user_window || !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
             if V::Vcpu::NMI_WINDOW {
                 self.hw.want_nmi_window(true);

@@ -464,3 +464,17 @@ fn read_gdtr(vmcs: &Vmcs) -> DescriptorTable {
 fn read_idtr(vmcs: &Vmcs) -> DescriptorTable {
     DescriptorTable { base: vmcs.peek(GuestNatural::IdtrBase), limit: vmcs.peek(Guest32::IdtrLimit) as u16 }
 }
+
+/// What the host fields of the VMCS hold, of what changes while a vCPU stays on its CPU.
+#[derive(Clone, Copy)]
+pub(super) struct HostFields {
+    pub(super) cr3: u64,
+    pub(super) cr4: u64,
+    pub(super) fs_base: u64,
+    pub(super) perf_global_ctrl: u64,
+}
+
+impl HostFields {
+    /// Of a new VMCS: a base that no task has, so that the first one is written.
+    pub(super) const UNWRITTEN: Self = Self { cr3: 0, cr4: 0, fs_base: u64::MAX, perf_global_ctrl: 0 };
+}

@@ -9,7 +9,7 @@ use kernel::{prelude::*, sync::Arc};
 use super::{
     cpu::Vmx,
     insn::{self, CurrentVmcs, NotEntered, VirtualApic},
-    state::{group, GuestState, Machine, FS, GS, TR},
+    state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
 use crate::{
     arch::{
@@ -61,15 +61,6 @@ mod flush {
     pub(super) const LINEAR: u8 = 1 << 0;
     /// All.
     pub(super) const NESTED: u8 = 1 << 1;
-}
-
-/// What the host fields of the VMCS hold, of what changes while a vCPU stays on its CPU.
-#[derive(Clone, Copy, Default)]
-struct HostFields {
-    cr3: u64,
-    cr4: u64,
-    fs_base: u64,
-    perf_global_ctrl: u64,
 }
 
 /// One vCPU.
@@ -147,8 +138,7 @@ impl Vendor for Vmx {
             wanted: 0,
             flush: flush::NESTED,
             last_cpu: usize::MAX,
-            // A base that no task has, so that the first one is written.
-            host_fields: HostFields { fs_base: u64::MAX, ..HostFields::default() },
+            host_fields: HostFields::UNWRITTEN,
             host_debugctl: DebugControl::default(),
             host_syscall: SyscallMsrs::default(),
             task: None,
