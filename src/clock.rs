@@ -6,7 +6,10 @@ use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     abi::{
-        pvclock::{KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE_BIT},
+        pvclock::{
+            KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_GUEST_STOPPED,
+            PVCLOCK_TSC_STABLE_BIT,
+        },
         FromZeros,
     },
     arch::Gpa,
@@ -113,7 +116,15 @@ pub(crate) struct VcpuClock {
 impl VcpuClock {
     /// The guest has not asked for any.
     pub(crate) fn new(peer: Arc<Peer>) -> Self {
-        Self { peer, system_time: None, system_time_version: 0, wall_clock: None, steal_time: None, stolen_ns: 0, stopped: false }
+        Self {
+            peer,
+            system_time: None,
+            system_time_version: 0,
+            wall_clock: None,
+            steal_time: None,
+            stolen_ns: 0,
+            stopped: false,
+        }
     }
 
     /// Forgets what the guest asked for.
