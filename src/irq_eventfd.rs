@@ -104,10 +104,6 @@ impl Irq {
             return Ok(());
         }
         self.need(EINVAL)?;
-        if resample && !self.has_pic() {
-            // With a split irqchip nobody here sees the end of an interrupt.
-            return Err(EINVAL);
-        }
         irqfds.reserve(1, GFP_KERNEL_ACCOUNT)?;
         let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
         let irqfd = Irqfd::new(fd, line)?;

@@ -548,8 +548,9 @@ impl<V: Vendor> State<V> {
             }
             self.hw.inject(event);
         }
-        // Another one may wait behind the one that goes in now, or behind a signal of the PIC that was none.
-        let mut more = entry.interrupt_window || user_window || !blocked && self.interrupt_waits();
+        // Another one may wait behind the one that goes in now.
+        let mut more =
+            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
             if V::Vcpu::NMI_WINDOW {
                 self.hw.want_nmi_window(true);
