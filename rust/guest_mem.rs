@@ -195,8 +195,7 @@ impl<T: Invalidate> AddressSpace<T> {
         let how = write
             | bindings::fault_flag_FAULT_FLAG_VMA_LOCK
             | bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY
-            | bindings::fault_flag_FAULT_FLAG_KILLABLE
-            | bindings::fault_flag_FAULT_FLAG_INTERRUPTIBLE;
+            | bindings::fault_flag_FAULT_FLAG_KILLABLE;
         // SAFETY: the area is of the current address space and locked, and the access is one that it allows. No registers: it is not a
         // fault of an instruction.
         let outcome = unsafe { bindings::handle_mm_fault(area.as_ptr(), address, how, ptr::null_mut()) };

@@ -6,10 +6,7 @@ use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     abi::{
-        pvclock::{
-            KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_GUEST_STOPPED,
-            PVCLOCK_TSC_STABLE_BIT,
-        },
+        pvclock::{KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_TSC_STABLE_BIT},
         FromZeros,
     },
     arch::Gpa,
@@ -29,9 +26,6 @@ pub(crate) struct VmClock {
     state: IrqSpinLock<Clock>,
 }
 
-/// Where the flags are in `struct pvclock_vcpu_time_info`.
-const FLAGS: u64 = 29;
-
 #[derive(Clone, Copy)]
 struct Clock {
     /// Host TSC at which the clock showed `base_ns`.
@@ -45,14 +39,8 @@ struct Clock {
 
 impl Clock {
     fn at(&self, tsc: u64) -> u64 {
-        // The clock may have been set after `tsc` was read.
-        let ticks = tsc.wrapping_sub(self.base_tsc) as i64;
-        let ns = scale().map_or(0, |scale| scale.nanoseconds(ticks.unsigned_abs()));
-        if ticks < 0 {
-            self.base_ns.wrapping_sub(ns)
-        } else {
-            self.base_ns.wrapping_add(ns)
-        }
+        let ticks = tsc.wrapping_sub(self.base_tsc);
+        self.base_ns.wrapping_add(scale().map_or(0, |scale| scale.nanoseconds(ticks)))
     }
 }
 
@@ -109,35 +97,17 @@ pub(crate) struct VcpuClock {
     steal_time: Option<Gpa>,
     /// Run-queue wait of the vCPU's thread that the guest has been told of.
     stolen_ns: u64,
-    /// The guest is to be told that it was stopped.
-    stopped: bool,
 }
 
 impl VcpuClock {
     /// The guest has not asked for any.
     pub(crate) fn new(peer: Arc<Peer>) -> Self {
-        Self {
-            peer,
-            system_time: None,
-            system_time_version: 0,
-            wall_clock: None,
-            steal_time: None,
-            stolen_ns: 0,
-            stopped: false,
-        }
+        Self { peer, system_time: None, system_time_version: 0, wall_clock: None, steal_time: None, stolen_ns: 0 }
     }
 
     /// Forgets what the guest asked for.
     pub(crate) fn reset(&mut self) {
         *self = Self::new(self.peer.clone());
-    }
-
-    /// KVM_KVMCLOCK_CTRL: the guest's watchdogs are to forgive the time since it last ran. `EINVAL` if it has no clock.
-    pub(crate) fn guest_stopped(&mut self) -> Result {
-        self.system_time.ok_or(EINVAL)?;
-        self.stopped = true;
-        self.request_update();
-        Ok(())
     }
 
     pub(crate) fn set_system_time(&mut self, at: Option<Gpa>) {
@@ -178,16 +148,6 @@ impl<V: Vendor> State<V> {
             // A reader must see an odd version while the rest changes.
             let version = self.clock.system_time_version.wrapping_add(2);
             self.clock.system_time_version = version;
-            // The guest clears it when it has seen it.
-            let mut old = [0];
-            let _ = view.read(at.wrapping_add(FLAGS), &mut old);
-            let mut flags = old[0] & PVCLOCK_GUEST_STOPPED;
-            if core::mem::take(&mut self.clock.stopped) {
-                flags |= PVCLOCK_GUEST_STOPPED;
-            }
-            if timer::tsc_is_stable() {
-                flags |= PVCLOCK_TSC_STABLE_BIT;
-            }
             let mut info = PvclockVcpuTimeInfo {
                 version: version.wrapping_sub(1) | 1,
                 pad0: 0,
@@ -195,11 +155,9 @@ impl<V: Vendor> State<V> {
                 system_time: clock_ns,
                 tsc_to_system_mul: scale.mul,
                 tsc_shift: scale.shift,
-                flags,
+                flags: if timer::tsc_is_stable() { PVCLOCK_TSC_STABLE_BIT } else { 0 },
                 pad: [0; 2],
             };
-            // By itself first: the bytes of one copy come in no order.
-            let _ = view.write(at, info.version.as_bytes());
             let _ = view.write(at, info.as_bytes());
             info.version = version & !1;
             let _ = view.write(at, info.version.as_bytes());
@@ -213,7 +171,6 @@ impl<V: Vendor> State<V> {
                 sec: (start_ns / 1_000_000_000) as u32,
                 nsec: (start_ns % 1_000_000_000) as u32,
             };
-            let _ = view.write(at, wall.version.as_bytes());
             let _ = view.write(at, wall.as_bytes());
             let _ = view.write(at, wall.version.wrapping_add(1).as_bytes());
         }

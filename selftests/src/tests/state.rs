@@ -32,7 +32,6 @@ tests! { "state";
     cpuid_after_run;
     clock;
     kvmclock_follows_tsc;
-    kvmclock_guest_stopped;
     tsc_khz;
     moved_to_another_vm;
 }
@@ -496,27 +495,6 @@ fn kvmclock_follows_tsc() {
     let third = timestamp();
     // (KVM leaves the clock as it is when the guest itself writes.)
     assert!(third >> 51 == 1 || on_kvm(), "{third:#x}");
-}
-
-payload! { st_halts, 64, "2: hlt", "jmp 2b" }
-
-/// KVM_KVMCLOCK_CTRL: a flag in the clock's page, there until the guest takes it away.
-fn kvmclock_guest_stopped() {
-    let g = Guest::long(st_halts());
-    assert_err!(g.cpu.ioctl(KVM_KVMCLOCK_CTRL, 0), EINVAL, "no clock");
-    assert!(g.cpu.set_msr(0x4b56_4d01, DATA | 1));
-    let flags = || {
-        assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
-        g.ram.read(DATA + 29, 1)[0]
-    };
-    assert_eq!(flags() & 2, 0);
-    assert_ok!(g.cpu.ioctl(KVM_KVMCLOCK_CTRL, 0));
-    assert_eq!(flags() & 2, 2);
-    assert!(g.cpu.set_msr(0x10, 1 << 40));
-    assert_eq!(flags() & 2, 2, "kept when the clock is written again");
-    g.ram.write(DATA + 29, &[0]);
-    assert!(g.cpu.set_msr(0x10, 1 << 41));
-    assert_eq!(flags() & 2, 0);
 }
 
 fn tsc_khz() {
