@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The CPU that code runs on: what must be off while it runs, its model-specific registers, its features.
-use core::{ffi::c_void, marker::PhantomData};
+use core::{cell::Cell, ffi::c_void, marker::PhantomData};
 
 use kernel::prelude::*;
 
@@ -160,4 +160,24 @@ pub(crate) fn write_pred_cmd(value: u64) {
 pub(crate) fn write_flush_cmd(value: u64) {
     // SAFETY: as above.
     let _ = unsafe { write_msr(msr::FLUSH_CMD, value) };
+}
+
+/// The vCPU, by its number, that ran on a CPU last; 0 for none.
+#[derive(Default)]
+pub(crate) struct LastVcpu(Cell<u64>);
+
+impl LastVcpu {
+    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction.
+    #[inline]
+    pub(crate) fn separate(&self, vcpu: u64, features: &HostFeatures, irqs: &IrqsOff) {
+        /// PRED_CMD: a whole barrier.
+        const IBPB: u64 = 1;
+        if self.0.replace(vcpu) != vcpu && features.ibpb {
+            // Each vCPU is a prediction domain of its own.
+            write_pred_cmd(IBPB);
+        }
+        if features.ibpb_exit_to_user {
+            ibpb_before_user(irqs);
+        }
+    }
 }

@@ -10,7 +10,7 @@ use super::insn;
 use crate::{
     arch::msr,
     glue::{
-        cpu::{self, HostFeatures, IrqsOff},
+        cpu::{self, HostFeatures, IrqsOff, LastVcpu},
         error,
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
@@ -21,9 +21,6 @@ use crate::{
 /// VM_CR: SVM is disabled. APM Vol. 2 "Enabling SVM".
 const VM_CR_SVMDIS: u64 = 1 << 4;
 
-/// PRED_CMD: a whole barrier.
-const PRED_CMD_IBPB: u64 = 1;
-
 /// What one CPU keeps.
 struct PerCpuState {
     /// Where VMRUN keeps host state.
@@ -33,8 +30,7 @@ struct PerCpuState {
     /// Whether we turned SVM on here.
     ours: Cell<bool>,
     asids: Cell<AsidPool>,
-    /// Number of the vCPU that ran here last, 0 for none.
-    last_vcpu: Cell<u64>,
+    last_vcpu: LastVcpu,
 }
 
 /// Address space identifiers are handed out upwards; when they run out, a new generation begins with a flush of the CPU's TLB.
@@ -93,7 +89,7 @@ impl Svm {
                 host: PhysBox::new()?,
                 ours: Cell::new(false),
                 asids: Cell::new(AsidPool { generation: 1, next: 1 }),
-                last_vcpu: Cell::new(0),
+                last_vcpu: LastVcpu::default(),
             })
         })?;
         // CPUID.8000000Ah:EBX is the number of identifiers.
@@ -113,14 +109,7 @@ impl Svm {
     /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
-        let last = self.per_cpu.get(irqs).last_vcpu.replace(vcpu);
-        if last != vcpu && self.features.ibpb {
-            // Each vCPU is a prediction domain of its own.
-            cpu::write_pred_cmd(PRED_CMD_IBPB);
-        }
-        if self.features.ibpb_exit_to_user {
-            cpu::ibpb_before_user(irqs);
-        }
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
     }
 
     /// This CPU's save area for what VMRUN does not save.

@@ -17,7 +17,7 @@ use crate::{
         vmcs::control::{entry, exit},
     },
     glue::{
-        cpu::{self, HostFeatures, IrqsOff},
+        cpu::{self, HostFeatures, IrqsOff, LastVcpu},
         error,
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
@@ -31,15 +31,12 @@ use crate::{
     },
 };
 
-/// PRED_CMD: a whole barrier.
-const PRED_CMD_IBPB: u64 = 1;
 /// What one CPU keeps.
 struct PerCpuState {
     operation: Operation,
     /// What exits load, read when this CPU is first used.
     host: Cell<Option<HostState>>,
-    /// Number of the vCPU that ran here last, 0 for none.
-    last_vcpu: Cell<u64>,
+    last_vcpu: LastVcpu,
 }
 
 /// Intel VMX on this host.
@@ -94,7 +91,7 @@ impl Vmx {
             Ok(PerCpuState {
                 operation: Operation::new(config.revision)?,
                 host: Cell::new(None),
-                last_vcpu: Cell::new(0),
+                last_vcpu: LastVcpu::default(),
             })
         })?;
         let mut msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
@@ -124,14 +121,7 @@ impl Vmx {
     /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
-        let last = self.per_cpu.get(irqs).last_vcpu.replace(vcpu);
-        if last != vcpu && self.features.ibpb {
-            // Each vCPU is a prediction domain of its own.
-            cpu::write_pred_cmd(PRED_CMD_IBPB);
-        }
-        if self.features.ibpb_exit_to_user {
-            cpu::ibpb_before_user(irqs);
-        }
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
     }
 
     /// Host code ran on this CPU: nothing of what it used may be in the cache for a guest to read by L1TF.
