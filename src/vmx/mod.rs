@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod cpu;
+mod entry;
 mod insn;
 mod state;
 mod vcpu;
