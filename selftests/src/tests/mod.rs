@@ -7,6 +7,7 @@ pub mod api;
 pub mod client;
 pub mod debug;
 pub mod exceptions;
+pub mod faults;
 pub mod host_state;
 pub mod irqchip;
 pub mod lapic;
@@ -29,6 +30,7 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    faults::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
     client::GROUP,
