@@ -6,6 +6,7 @@ use krabtest::harness::Group;
 pub mod api;
 pub mod client;
 pub mod debug;
+pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
 pub mod host_state;
@@ -33,6 +34,7 @@ pub const GROUPS: &[Group] = &[
     faults::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
     stress::GROUP,
