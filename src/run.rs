@@ -293,6 +293,10 @@ impl<V: Vendor> Vcpu<V> {
     /// Sleeps until there is something for a vCPU that does not run.
     fn block(&self, core: &mut Core<V>) -> Result {
         let state = &mut core.state;
+        if state.pic_signal {
+            // It may have been taken back, and then there is nothing to wake up for.
+            state.pic_signal = self.vm.irq.pic_output();
+        }
         if state.wakes_up() {
             state.mp_state = MpState::Runnable;
             state.unhalted = false;
@@ -548,9 +552,8 @@ impl<V: Vendor> State<V> {
             }
             self.hw.inject(event);
         }
-        // Another one may wait behind the one that goes in now.
-        let mut more =
-            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
+        // Another one may wait behind the one that goes in now, or behind a signal of the 8259A that was taken back.
+        let mut more = entry.interrupt_window || user_window || !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
             if V::Vcpu::NMI_WINDOW {
                 self.hw.want_nmi_window(true);
