@@ -39,8 +39,14 @@ struct Clock {
 
 impl Clock {
     fn at(&self, tsc: u64) -> u64 {
-        let ticks = tsc.wrapping_sub(self.base_tsc);
-        self.base_ns.wrapping_add(scale().map_or(0, |scale| scale.nanoseconds(ticks)))
+        // The clock may have been set after `tsc` was read.
+        let ticks = tsc.wrapping_sub(self.base_tsc) as i64;
+        let ns = scale().map_or(0, |scale| scale.nanoseconds(ticks.unsigned_abs()));
+        if ticks < 0 {
+            self.base_ns.wrapping_sub(ns)
+        } else {
+            self.base_ns.wrapping_add(ns)
+        }
     }
 }
 
