@@ -678,8 +678,10 @@ impl Irq {
         let mode = self.controllers.mode.load(Acquire);
         let user_levels = routing::level_vectors(&routes, mode >> mode::RESERVED_PINS_SHIFT, self.rules().wide_ids);
         let pit_pins = routing::pins(&routes, &starts, PIT_GSI);
+        let _irqfds = self.irqfds.lock();
         self.controllers.routes.replace(Routes { routes, starts, user_levels })?;
         self.controllers.chips.lock().pit_pins = pit_pins;
+        self.tell_resampling();
         Ok(())
     }
 }

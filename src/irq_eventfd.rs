@@ -145,8 +145,8 @@ impl Irq {
         Ok(())
     }
 
-    /// Tells the I/O APIC which of its pins are resampled.
-    fn tell_resampling(&self) {
+    /// Tells the I/O APIC which of its pins are resampled. The caller has `irqfds` locked, so that the last one to tell knows all.
+    pub(crate) fn tell_resampling(&self) {
         let mut pins = 0;
         let resamplers = self.controllers.resamplers.read();
         let routes = self.controllers.routes.read();
