@@ -341,7 +341,7 @@ pub(crate) struct Irq {
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
     storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
-    pub(crate) irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
+    pub(crate) irqfds: kernel::sync::Mutex<KVVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
     /// KVM_PIT_SPEAKER_DUMMY: port 61h is here too.
     speaker: core::sync::atomic::AtomicBool,
 }
@@ -355,7 +355,7 @@ impl Irq {
             coalesced <- Coalesced::new(),
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
-            irqfds <- kernel::new_mutex!(KVec::new()),
+            irqfds <- kernel::new_mutex!(KVVec::new()),
             speaker: false.into(),
         }? Error)
     }
