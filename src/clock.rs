@@ -6,7 +6,10 @@ use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     abi::{
-        pvclock::{KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE_BIT},
+        pvclock::{
+            KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_GUEST_STOPPED,
+            PVCLOCK_TSC_STABLE_BIT,
+        },
         FromZeros,
     },
     arch::Gpa,
