@@ -319,11 +319,11 @@ impl<V: Vendor> Vcpu<V> {
                 Step::Done => true,
                 Step::MmioRead { gpa, len } => match state.device_read(vm, gpa, len) {
                     Some(value) => {
-                        emulator.complete_read(value.to_le_bytes().get(..usize::from(len)).unwrap_or(&[]));
+                        emulator.complete_read(value);
                         false
                     }
                     None => {
-                        core.pending = Pending::MmioRead { len };
+                        core.pending = Pending::MmioRead;
                         return Ok(Some(ToUser::Mmio { gpa, data: [0; 8], len, write: false }));
                     }
                 },

@@ -267,9 +267,7 @@ pub(crate) enum Pending {
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead {
-        len: u8,
-    },
+    MmioRead,
     /// The emulator has more to do.
     Emulation,
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
@@ -551,6 +549,12 @@ impl<V: Vendor> State<V> {
             Some(LocalSignal::ExtInt) => self.pic_signal = vm.irq.pic_output(),
             _ => {}
         }
+    }
+
+    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
+    #[inline]
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadline_tsc.is_some()
     }
 
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.

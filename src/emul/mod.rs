@@ -370,16 +370,17 @@ impl Emulator {
         self.repeating
     }
 
-    /// Answers the last [`Step::MmioRead`], with as many bytes as it asked for (missing ones are 0).
-    pub fn complete_read(&mut self, data: &[u8]) {
+    /// Answers the last [`Step::MmioRead`], with the first as many bytes of `data` (little-endian) as it asked for.
+    #[inline]
+    pub fn complete_read(&mut self, data: u64) {
         if self.io.waiting != Waiting::Read {
             return;
         }
         self.io.waiting = Waiting::Nothing;
         if let Some(fragment) = self.io.reads.get_mut(self.io.answered as usize) {
-            for (to, from) in fragment.data.iter_mut().zip(data) {
-                *to = *from;
-            }
+            // One to eight bytes.
+            let unused_bits = 64u32.wrapping_sub(u32::from(fragment.len) * 8) & 63;
+            fragment.data = (data & u64::MAX >> unused_bits).to_le_bytes();
             self.io.answered = self.io.answered.wrapping_add(1);
             self.resume = true;
         }
