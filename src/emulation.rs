@@ -286,6 +286,23 @@ impl<V: Vendor> Vcpu<V> {
         self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
     }
 
+    /// Goes on with an instruction that waited for userspace's answer to the read of a device.
+    pub(crate) fn answer_read(&self, core: &mut Core<V>, data: u64) -> Result<Option<ToUser>> {
+        let Core { state, fpu, emulator, .. } = core;
+        emulator.complete_read(data);
+        let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
+        if !traps && !state.debug.steps() {
+            let (data, vm) = (&self.data, &*self.vm);
+            let mut emulated =
+                Emulated { state, fpu, data, vm, view: None, found: None, untranslated: false, lost: false };
+            if emulator.finish_load(&mut emulated) {
+                self.peer.stats.count(VcpuStat::InsnEmulation);
+                return Ok(None);
+            }
+        }
+        self.emulate_on(core, None)
+    }
+
     /// Goes on with an instruction that waited for userspace, or begins one. `code`: its bytes, if they are known.
     pub(crate) fn emulate_on(&self, core: &mut Core<V>, code: Option<&[u8]>) -> Result<Option<ToUser>> {
         let vm = &*self.vm;

@@ -192,7 +192,7 @@ impl<V: Vendor> Vcpu<V> {
                 return Ok(None);
             }
             Pending::EmulatedPortIn => core.emulator.complete_port_in(),
-            Pending::MmioRead => core.emulator.complete_read(self.run.load(run::EXIT_UNION + 8)),
+            Pending::MmioRead => return self.answer_read(core, self.run.load(run::EXIT_UNION + 8)),
             Pending::Emulation => {}
             Pending::Msr { read, rip, next_rip } => {
                 let answer: ExitMsr = self.run.read(run::EXIT_UNION);
