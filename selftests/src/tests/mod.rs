@@ -6,7 +6,9 @@ use krabtest::harness::Group;
 pub mod api;
 pub mod client;
 pub mod debug;
+pub mod eventfds;
 pub mod exceptions;
+pub mod faults;
 pub mod host_state;
 pub mod irqchip;
 pub mod lapic;
@@ -29,8 +31,10 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    faults::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
     stress::GROUP,
