@@ -33,7 +33,7 @@ use crate::{
         Exit, Regs, SystemRegs,
     },
     mmu::Ept,
-    policy::vmx::event::{injection, Injection},
+    policy::vmx::event::{injection, interruptibility_for, Injection},
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
@@ -384,8 +384,6 @@ impl VendorVcpu for VmxVcpu {
 
     fn inject(&mut self, event: Event) {
         match event {
-            // It must not find NMIs blocked; the delivery blocks them.
-            Event::Nmi => self.state.set_interruptibility(&self.machine, interruptibility::NMI, 0),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
                     (vector::PF, Some(address)) => self.state.cr2 = address,
@@ -400,6 +398,8 @@ impl VendorVcpu for VmxVcpu {
             _ => {}
         }
         self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
+        let state = self.state.interruptibility(&self.machine);
+        self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
     }
 
     #[inline]

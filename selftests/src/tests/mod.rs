@@ -13,6 +13,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod random_state;
 pub mod real_mode;
 pub mod safety;
 pub mod state;
@@ -33,6 +34,7 @@ pub const GROUPS: &[Group] = &[
     irqchip::GROUP,
     client::GROUP,
     windows::GROUP,
+    random_state::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];
