@@ -225,8 +225,14 @@ impl VmxVcpu {
             self.prepare_rarely(irqs);
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
+        if regs.rflags != self.rflags {
+            self.state.flags_changed(&self.machine, regs.rflags ^ self.rflags);
+        }
         if self.state.is_dirty() {
             self.state.write_dirty(&self.machine, vmcs, regs.rflags);
+        }
+        if (regs.rflags | self.rflags) & rflags::TF != 0 {
+            self.state.prepare_single_step(&self.machine, vmcs, regs.rflags);
         }
         let rsp = if self.rsp_left { self.rsp } else { regs.gpr[Gpr::Rsp as usize] };
         for (field, value, old) in [
@@ -238,9 +244,6 @@ impl VmxVcpu {
                 *old = value;
                 vmcs.write(field, value);
             }
-        }
-        if regs.rflags & rflags::TF != 0 {
-            self.state.prepare_single_step(&self.machine, vmcs);
         }
         if self.primary != self.written_primary {
             self.written_primary = self.primary;

@@ -33,7 +33,7 @@ use crate::{
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
-        vmx::event::{injection, Injection},
+        vmx::event::{injection, interruptibility_for, Injection},
     },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
@@ -370,8 +370,6 @@ impl VendorVcpu for VmxVcpu {
 
     fn inject(&mut self, event: Event) {
         match event {
-            // It must not find NMIs blocked; the delivery blocks them.
-            Event::Nmi => self.state.set_interruptibility(&self.machine, interruptibility::NMI, 0),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
                     (vector::PF, Some(address)) => self.state.cr2 = address,
@@ -386,6 +384,8 @@ impl VendorVcpu for VmxVcpu {
             _ => {}
         }
         self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
+        let state = self.state.interruptibility(&self.machine);
+        self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
     }
 
     #[inline]

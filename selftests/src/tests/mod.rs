@@ -15,6 +15,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod random_state;
 pub mod real_mode;
 pub mod safety;
 pub mod state;
@@ -37,6 +38,7 @@ pub const GROUPS: &[Group] = &[
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    random_state::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];
