@@ -52,6 +52,7 @@ use glue::{
     debugfs,
     fd::{CharDevice, Node},
 };
+use policy::vmx::Options as VmxOptions;
 use svm::Svm;
 use vendor::Vendor;
 use vmx::Vmx;
@@ -66,6 +67,10 @@ module! {
         kvm_node: u8 {
             default: 0,
             description: "1: serve /dev/kvm, too, where KVM is not loaded",
+        },
+        pml: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not log the pages that guests write",
         },
     },
 }
@@ -109,12 +114,13 @@ struct Krab {
 impl kernel::Module for Krab {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let as_kvm = *module_parameters::kvm_node.value() != 0;
+        let options = VmxOptions { apicv: false, pml: *module_parameters::pml.value() != 0 };
         // Where KVM's tools look.
         let debugfs = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
         let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
             CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
             // Intel, and who builds after it: Centaur, Zhaoxin.
-            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe()?, as_kvm)?),
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe(options)?, as_kvm)?),
         };
         Ok(Self { _devices: devices, _debugfs: debugfs })
     }

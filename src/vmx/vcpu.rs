@@ -9,7 +9,8 @@ use kernel::{prelude::*, sync::Arc};
 use super::{
     cpu::Vmx,
     entry::{flush, own},
-    insn::VirtualApic,
+    insn::{VirtualApic, WriteLog},
+    pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Hpa, Level,
+        Gpa, Hpa, Level,
     },
     glue::{
         cpu::IrqsOff,
@@ -50,6 +51,9 @@ pub(crate) struct VmxVcpu {
     /// Like no other vCPU's, ever.
     pub(super) number: u64,
     pub(super) virtual_apic: PhysBox<VirtualApic>,
+    /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
+    pub(super) write_log: Option<PhysBox<WriteLog>>,
+    pub(super) logs_writes: bool,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
     pub(super) nested_root: Hpa,
@@ -99,6 +103,8 @@ impl Vendor for Vmx {
             state: GuestState::new(),
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             virtual_apic: PhysBox::new()?,
+            write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
+            logs_writes: false,
             vpid: self.take_vpid(),
             tsc_offset: 0,
             nested_root: Hpa(0),
@@ -111,7 +117,7 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
-            dirty: own::CONSTANT | own::CONTROL,
+            dirty: own::CONSTANT | own::CONTROL | own::SECONDARY,
             injection: None,
             unfinished: None,
             next_rip: None,
@@ -142,6 +148,14 @@ impl Vendor for Vmx {
 
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
+    }
+
+    fn write_log_entries(&self) -> u32 {
+        if self.config.features.pml {
+            pml::ENTRIES
+        } else {
+            0
+        }
     }
 }
 
@@ -445,6 +459,17 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
+    }
+
+    fn log_writes(&mut self, on: bool) {
+        self.set_pml(on);
+    }
+
+    #[inline]
+    fn take_written(&mut self, irqs: &IrqsOff, written: impl FnMut(Gpa)) {
+        if self.logs_writes {
+            self.empty_pml(irqs, written);
+        }
     }
 
     #[inline]

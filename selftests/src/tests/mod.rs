@@ -6,6 +6,7 @@ use krabtest::harness::Group;
 pub mod api;
 pub mod client;
 pub mod debug;
+pub mod dirty_log;
 pub mod exceptions;
 pub mod host_state;
 pub mod irqchip;
@@ -29,6 +30,7 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    dirty_log::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
     client::GROUP,
