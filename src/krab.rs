@@ -106,6 +106,11 @@ impl<V: Vendor> Registered<V> {
     }
 }
 
+/// What the parameters allow on Intel.
+fn vmx_options() -> VmxOptions {
+    VmxOptions { apicv: false, pml: *module_parameters::pml.value() != 0 }
+}
+
 struct Krab {
     _devices: Devices,
     _debugfs: debugfs::Root<vcpu::Peers>,
@@ -114,13 +119,12 @@ struct Krab {
 impl kernel::Module for Krab {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let as_kvm = *module_parameters::kvm_node.value() != 0;
-        let options = VmxOptions { apicv: false, pml: *module_parameters::pml.value() != 0 };
         // Where KVM's tools look.
         let debugfs = debugfs::Root::new(if as_kvm { c"kvm" } else { c"krab" });
         let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
             CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
             // Intel, and who builds after it: Centaur, Zhaoxin.
-            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe(options)?, as_kvm)?),
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe(vmx_options())?, as_kvm)?),
         };
         Ok(Self { _devices: devices, _debugfs: debugfs })
     }

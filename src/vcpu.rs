@@ -68,7 +68,7 @@ pub(crate) mod request {
     /// Another CPU of the guest wakes this one, without an interrupt.
     pub(crate) const UNHALT: u64 = 1 << 4;
     /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
-    pub(crate) const LOG_WRITES: u64 = 1 << 5;
+    pub(crate) const LOG_WRITES: u64 = 1 << 6;
 }
 
 /// What other threads see of a vCPU.

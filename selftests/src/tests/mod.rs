@@ -7,7 +7,9 @@ pub mod api;
 pub mod client;
 pub mod debug;
 pub mod dirty_log;
+pub mod eventfds;
 pub mod exceptions;
+pub mod faults;
 pub mod host_state;
 pub mod irqchip;
 pub mod lapic;
@@ -31,8 +33,10 @@ pub const GROUPS: &[Group] = &[
     state::GROUP,
     memory::GROUP,
     dirty_log::GROUP,
+    faults::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
     stress::GROUP,
