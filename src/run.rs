@@ -285,6 +285,9 @@ impl<V: Vendor> Vcpu<V> {
             core.state.update_clock(&self.vm);
         }
         core.state.unhalted |= requests & request::UNHALT != 0;
+        if requests & request::LOG_WRITES != 0 {
+            core.state.hw.log_writes(self.vm.peers.logs_writes());
+        }
         if requests & request::MSR_FILTER != 0 {
             core.state.update_msr_filter(&self.vm);
         }
@@ -368,6 +371,7 @@ impl<V: Vendor> Vcpu<V> {
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
                 state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
+                state.take_written(&self.vm, &irqs);
                 drop(in_guest);
                 trace::exit(self.peer.id, state.regs.rip, exit.number());
                 self.peer.stats.exit(&exit);
@@ -414,6 +418,13 @@ impl<V: Vendor> State<V> {
             }
         }
         self.hw.set_pdptes(entries);
+    }
+
+    /// Puts the pages that hardware noted as written into the dirty log.
+    #[inline]
+    fn take_written(&mut self, vm: &crate::vm::Vm<V>, irqs: &IrqsOff) {
+        let mut view = None;
+        self.hw.take_written(irqs, |gpa| view.get_or_insert_with(|| vm.memory.view(false)).written(gpa));
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.

@@ -7,7 +7,8 @@ use kernel::{prelude::*, sync::Arc};
 use super::{
     cpu::Vmx,
     entry::{flush, own},
-    insn::VirtualApic,
+    insn::{VirtualApic, WriteLog},
+    pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Hpa, Level,
+        Gpa, Hpa, Level,
     },
     glue::{
         cpu::{IrqsOff, VcpuId},
@@ -47,6 +48,9 @@ pub(crate) struct VmxVcpu {
     pub(super) state: GuestState,
     pub(super) id: VcpuId,
     pub(super) virtual_apic: PhysBox<VirtualApic>,
+    /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
+    pub(super) write_log: Option<PhysBox<WriteLog>>,
+    pub(super) logs_writes: bool,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
     pub(super) nested_root: Hpa,
@@ -95,6 +99,8 @@ impl Vendor for Vmx {
             state: GuestState::new(),
             id: VcpuId::new(),
             virtual_apic: PhysBox::new()?,
+            write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
+            logs_writes: false,
             vpid: self.take_vpid(),
             tsc_offset: 0,
             nested_root: Hpa(0),
@@ -107,7 +113,7 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
-            dirty: own::CONSTANT | own::CONTROL,
+            dirty: own::CONSTANT | own::CONTROL | own::SECONDARY,
             injection: None,
             unfinished: None,
             next_rip: None,
@@ -138,6 +144,14 @@ impl Vendor for Vmx {
 
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
+    }
+
+    fn write_log_entries(&self) -> u32 {
+        if self.config.features.pml {
+            pml::ENTRIES
+        } else {
+            0
+        }
     }
 }
 
@@ -431,6 +445,17 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
+    }
+
+    fn log_writes(&mut self, on: bool) {
+        self.set_pml(on);
+    }
+
+    #[inline]
+    fn take_written(&mut self, irqs: &IrqsOff, written: impl FnMut(Gpa)) {
+        if self.logs_writes {
+            self.empty_pml(irqs, written);
+        }
     }
 
     #[inline]

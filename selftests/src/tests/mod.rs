@@ -6,6 +6,7 @@ use krabtest::harness::Group;
 pub mod api;
 pub mod client;
 pub mod debug;
+pub mod dirty_log;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -32,6 +33,7 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
