@@ -7,9 +7,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
+    apic::Apic,
     cpu::Vmx,
     entry::{flush, own},
-    insn::VirtualApic,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
 use crate::{
@@ -25,13 +25,13 @@ use crate::{
     glue::{
         cpu::IrqsOff,
         fpu::Window,
-        phys::PhysBox,
         vmx::{load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
     },
     guest::{
         event::{vector, Event},
         Exit, Regs, SystemRegs,
     },
+    irqchip::{lapic::Lapic, Bits256},
     mmu::Ept,
     policy::vmx::event::{injection, Injection},
     vendor::{HardwareMsr, Vendor, VendorVcpu},
@@ -49,7 +49,7 @@ pub(crate) struct VmxVcpu {
     pub(super) state: GuestState,
     /// Like no other vCPU's, ever.
     pub(super) number: u64,
-    pub(super) virtual_apic: PhysBox<VirtualApic>,
+    pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
     pub(super) nested_root: Hpa,
@@ -98,7 +98,7 @@ impl Vendor for Vmx {
             machine: Machine::new(self.clone())?,
             state: GuestState::new(),
             number: NEXT.fetch_add(1, Ordering::Relaxed),
-            virtual_apic: PhysBox::new()?,
+            apic: Apic::new()?,
             vpid: self.take_vpid(),
             tsc_offset: 0,
             nested_root: Hpa(0),
@@ -111,7 +111,7 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
-            dirty: own::CONSTANT | own::CONTROL,
+            dirty: own::CONSTANT | own::CONTROL | own::APIC,
             injection: None,
             unfinished: None,
             next_rip: None,
@@ -143,6 +143,11 @@ impl Vendor for Vmx {
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
     }
+
+    fn has_apic_page(&self) -> bool {
+        let features = &self.config.features;
+        features.apic_access && features.apic_registers && features.virtual_interrupts
+    }
 }
 
 impl Drop for VmxVcpu {
@@ -169,6 +174,7 @@ impl VmxVcpu {
 
 impl VendorVcpu for VmxVcpu {
     const NMI_WINDOW: bool = true;
+    const DELIVERS: bool = true;
 
     fn reset(&mut self, init: bool) {
         if core::mem::take(&mut self.rsp_left) {
@@ -449,12 +455,47 @@ impl VendorVcpu for VmxVcpu {
 
     #[inline]
     fn tpr(&self) -> u8 {
-        self.virtual_apic.cr8()
+        self.apic.page.cr8()
     }
 
     #[inline]
     fn set_tpr(&mut self, cr8: u8) {
-        self.virtual_apic.set_cr8(cr8);
+        self.apic.set_cr8(cr8);
+    }
+
+    fn set_apic_page(&mut self, page: Hpa) {
+        self.apic.set_window(page);
+    }
+
+    fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
+        if self.apic.choose(&self.machine.host.config.features, apic) {
+            self.dirty |= own::APIC;
+            // What is cached of the APIC-access page depends on the control. SDM "Virtualizing Memory-Mapped APIC Accesses".
+            self.flush |= flush::NESTED;
+        }
+        self.apic.delivers()
+    }
+
+    fn uses_apic_page(&self) -> bool {
+        self.apic.has_window()
+    }
+
+    fn set_eoi_listeners(&mut self, vectors: &Bits256) {
+        self.apic.set_listeners(vectors);
+    }
+
+    fn hand_over(&mut self, lapic: &mut Lapic, all: bool, irqs: &IrqsOff) {
+        if self.dirty & own::APIC != 0 {
+            self.prepare_rarely(irqs);
+        }
+        // Without a VMCS there is no entry.
+        if let Some(vmcs) = self.machine.vmcs.current(irqs) {
+            self.apic.hand_over(vmcs, lapic, all);
+        }
+    }
+
+    fn take_back(&mut self, lapic: &mut Lapic) {
+        self.apic.take_back(lapic);
     }
 
     #[inline]
