@@ -4,6 +4,7 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod apicv;
 pub mod client;
 pub mod debug;
 pub mod exceptions;
@@ -30,6 +31,7 @@ pub const GROUPS: &[Group] = &[
     state::GROUP,
     memory::GROUP,
     lapic::GROUP,
+    apicv::GROUP,
     irqchip::GROUP,
     client::GROUP,
     windows::GROUP,
