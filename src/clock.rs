@@ -26,6 +26,9 @@ pub(crate) struct VmClock {
     state: IrqSpinLock<Clock>,
 }
 
+/// Where the version is in `struct kvm_steal_time`.
+const VERSION_OF_STEAL_TIME: u64 = core::mem::offset_of!(KvmStealTime, version) as u64;
+
 #[derive(Clone, Copy)]
 struct Clock {
     /// Host TSC at which the clock showed `base_ns`.
@@ -39,8 +42,14 @@ struct Clock {
 
 impl Clock {
     fn at(&self, tsc: u64) -> u64 {
-        let ticks = tsc.wrapping_sub(self.base_tsc);
-        self.base_ns.wrapping_add(scale().map_or(0, |scale| scale.nanoseconds(ticks)))
+        // The clock may have been set after `tsc` was read.
+        let ticks = tsc.wrapping_sub(self.base_tsc) as i64;
+        let ns = scale().map_or(0, |scale| scale.nanoseconds(ticks.unsigned_abs()));
+        if ticks < 0 {
+            self.base_ns.wrapping_sub(ns)
+        } else {
+            self.base_ns.wrapping_add(ns)
+        }
     }
 }
 
@@ -158,6 +167,8 @@ impl<V: Vendor> State<V> {
                 flags: if timer::tsc_is_stable() { PVCLOCK_TSC_STABLE_BIT } else { 0 },
                 pad: [0; 2],
             };
+            // By itself first: the bytes of one copy come in no order.
+            let _ = view.write(at, info.version.as_bytes());
             let _ = view.write(at, info.as_bytes());
             info.version = version & !1;
             let _ = view.write(at, info.version.as_bytes());
@@ -171,6 +182,7 @@ impl<V: Vendor> State<V> {
                 sec: (start_ns / 1_000_000_000) as u32,
                 nsec: (start_ns % 1_000_000_000) as u32,
             };
+            let _ = view.write(at, wall.version.as_bytes());
             let _ = view.write(at, wall.as_bytes());
             let _ = view.write(at, wall.version.wrapping_add(1).as_bytes());
         }
@@ -192,8 +204,9 @@ impl<V: Vendor> State<V> {
         record.preempted = 0;
         // A reader must see an odd version while the rest changes.
         record.version |= 1;
+        let version_at = at.wrapping_add(VERSION_OF_STEAL_TIME);
+        let _ = view.write(version_at, record.version.as_bytes());
         let _ = view.write(at, record.as_bytes());
-        record.version = record.version.wrapping_add(1);
-        let _ = view.write(at, record.as_bytes());
+        let _ = view.write(version_at, record.version.wrapping_add(1).as_bytes());
     }
 }

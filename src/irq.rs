@@ -234,17 +234,17 @@ impl Controllers {
 
     /// Lets the vCPUs know of whose end we want to hear, if that changed: before the next message of those vectors.
     fn announce(&self, chips: &mut Chips) {
-        if self.has(mode::CPU_ENDS) {
-            let listeners = chips.eoi_listeners();
-            if listeners != core::mem::replace(&mut chips.eoi_listeners, listeners) {
-                self.announce_all();
-            }
+        let listeners = chips.eoi_listeners();
+        if listeners != core::mem::replace(&mut chips.eoi_listeners, listeners) {
+            self.announce_all();
         }
     }
 
     fn announce_all(&self) {
-        for peer in self.peers.iter() {
-            peer.kick.post(request::EOI_LISTENERS);
+        if self.has(mode::CPU_ENDS) {
+            for peer in self.peers.iter() {
+                peer.kick.post(request::EOI_LISTENERS);
+            }
         }
     }
 
@@ -371,7 +371,7 @@ pub(crate) struct Irq {
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
     storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
-    pub(crate) irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
+    pub(crate) irqfds: kernel::sync::Mutex<KVVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
     /// KVM_PIT_SPEAKER_DUMMY: port 61h is here too.
     speaker: core::sync::atomic::AtomicBool,
 }
@@ -385,7 +385,7 @@ impl Irq {
             coalesced <- Coalesced::new(),
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
-            irqfds <- kernel::new_mutex!(KVec::new()),
+            irqfds <- kernel::new_mutex!(KVVec::new()),
             speaker: false.into(),
         }? Error)
     }
@@ -728,14 +728,16 @@ impl Irq {
         let mode = self.controllers.mode.load(Acquire);
         let user_levels = routing::level_vectors(&routes, mode >> mode::RESERVED_PINS_SHIFT, self.rules().wide_ids);
         let pit_pins = routing::pins(&routes, &starts, PIT_GSI);
+        let _irqfds = self.irqfds.lock();
         self.controllers.routes.replace(Routes { routes, starts, user_levels })?;
         let mut chips = self.controllers.chips.lock();
         chips.pit_pins = pit_pins;
         self.controllers.announce(&mut chips);
         drop(chips);
-        if self.controllers.has(mode::CPU_ENDS) && self.controllers.has(mode::SPLIT) {
+        if self.controllers.has(mode::SPLIT) {
             self.controllers.announce_all();
         }
+        self.tell_resampling();
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ use crate::{
         vmcs::control::{entry, exit},
     },
     glue::{
-        cpu::{self, HostFeatures, IrqsOff, LastVcpu},
+        cpu::{self, HostFeatures, IrqsOff, LastVcpu, VcpuId},
         error,
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
@@ -128,9 +128,9 @@ impl Vmx {
         )?)
     }
 
-    /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
+    /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
-    pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
+    pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
         self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
     }
 

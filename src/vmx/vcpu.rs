@@ -2,8 +2,6 @@
 //! One virtual CPU: entering the guest, and what exits leave behind.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
@@ -15,7 +13,7 @@ use super::{
 use crate::{
     arch::{
         cr::{cr0, dr, efer},
-        segment::{DescriptorTable, Segment, SegmentAttributes},
+        segment::{DescriptorTable, Segment},
         vmcs::{
             control::{interruptibility, primary},
             GuestNatural,
@@ -23,7 +21,7 @@ use crate::{
         Hpa, Level,
     },
     glue::{
-        cpu::IrqsOff,
+        cpu::{IrqsOff, VcpuId},
         fpu::Window,
         vmx::{load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
     },
@@ -33,22 +31,21 @@ use crate::{
     },
     irqchip::{lapic::Lapic, Bits256},
     mmu::Ept,
-    policy::vmx::event::{injection, Injection},
+    policy::{
+        msr::PAT_RESET,
+        vmx::event::{injection, Injection},
+    },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
 /// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
 pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
 
-/// PAT after reset.
-const PAT_INIT: u64 = 0x0007_0406_0007_0406;
-
 /// One vCPU.
 pub(crate) struct VmxVcpu {
     pub(super) machine: Machine,
     pub(super) state: GuestState,
-    /// Like no other vCPU's, ever.
-    pub(super) number: u64,
+    pub(super) id: VcpuId,
     pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
@@ -93,11 +90,10 @@ impl Vendor for Vmx {
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xC1];
 
     fn new_vcpu(self: &Arc<Self>) -> Result<VmxVcpu> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut vcpu = VmxVcpu {
             machine: Machine::new(self.clone())?,
             state: GuestState::new(),
-            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: VcpuId::new(),
             apic: Apic::new()?,
             vpid: self.take_vpid(),
             tsc_offset: 0,
@@ -181,19 +177,9 @@ impl VendorVcpu for VmxVcpu {
             // The VMCS is loaded, and what it has decides whether the next entry writes it.
             self.rsp = self.machine.vmcs.peek(GuestNatural::Rsp);
         }
-        // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
+        // INIT leaves CR0.CD, CR0.NW and most MSRs alone.
         let caching = if init { self.state.cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
-        let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
-        let code = Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
-        self.set_system_regs(&SystemRegs {
-            segments: [data, code, data, data, data, data],
-            ldtr: Segment { attributes: SegmentAttributes(0x82), ..data },
-            tr: Segment { attributes: SegmentAttributes(0x8B), ..data },
-            gdtr: DescriptorTable { base: 0, limit: 0xFFFF },
-            idtr: DescriptorTable { base: 0, limit: 0xFFFF },
-            cr0: cr0::ET | caching,
-            ..SystemRegs::default()
-        });
+        self.set_system_regs(&SystemRegs { cr0: cr0::ET | caching, ..SystemRegs::AT_RESET });
         self.state.dr6 = dr::DR6_INIT;
         self.state.dr7 = dr::DR7_INIT;
         self.state.set_interruptibility(&self.machine, u32::MAX, 0);
@@ -202,7 +188,7 @@ impl VendorVcpu for VmxVcpu {
         self.want_interrupt_window(false);
         self.want_nmi_window(false);
         if !init {
-            self.state.pat = PAT_INIT;
+            self.state.pat = PAT_RESET;
             self.state.sysenter = [0; 3];
             self.state.syscall = SyscallMsrs::default();
             self.state.kernel_gs_base = 0;
@@ -517,7 +503,7 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn begin_window(&mut self, irqs: &IrqsOff) {
-        self.machine.host.separate(self.number, irqs);
+        self.machine.host.separate(&self.id, irqs);
         let task = TaskState::save(irqs);
         load_kernel_gs_base(self.state.kernel_gs_base, &task);
         self.task = Some(task);

@@ -7,7 +7,9 @@ pub mod api;
 pub mod apicv;
 pub mod client;
 pub mod debug;
+pub mod eventfds;
 pub mod exceptions;
+pub mod faults;
 pub mod host_state;
 pub mod irqchip;
 pub mod lapic;
@@ -30,9 +32,11 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    faults::GROUP,
     lapic::GROUP,
     apicv::GROUP,
     irqchip::GROUP,
+    eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
     stress::GROUP,
