@@ -61,6 +61,7 @@ impl<V: Vendor> Drop for Session<'_, V> {
     fn drop(&mut self) {
         if self.begun {
             self.state.hw.end_window();
+            self.state.take_back();
         }
     }
 }
@@ -254,6 +255,7 @@ impl<V: Vendor> Vcpu<V> {
                 continue;
             }
             core.state.fill_shared_word(&self.vm);
+            core.state.choose_delivery(&self.vm);
             let ended = self.run_guest(core);
             core.state.take_shared_word(&self.vm);
             let reason = match ended {
@@ -290,6 +292,9 @@ impl<V: Vendor> Vcpu<V> {
         }
         if requests & request::MSR_FILTER != 0 {
             core.state.update_msr_filter(&self.vm);
+        }
+        if requests & request::EOI_LISTENERS != 0 {
+            core.state.hw.set_eoi_listeners(&self.vm.irq.eoi_listeners());
         }
     }
 
@@ -505,6 +510,7 @@ impl<V: Vendor> State<V> {
     /// this very vCPU.
     #[inline]
     fn prepare_entry(&mut self, vcpu: &Vcpu<V>, user_window: bool, irqs: &IrqsOff) -> bool {
+        self.hand_over(irqs);
         if let Some(lapic) = &self.lapic {
             if lapic.cr8() != self.cr8 {
                 self.cr8 = lapic.cr8();

@@ -20,6 +20,7 @@ use crate::{
         },
         vm::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_X86_QUIRK_STUFF_FEATURE_MSRS},
     },
+    apic::CpuDelivery,
     arch::{
         cr::rflags,
         segment::{Segment, SegmentName},
@@ -69,6 +70,8 @@ pub(crate) mod request {
     pub(crate) const UNHALT: u64 = 1 << 4;
     /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
     pub(crate) const LOG_WRITES: u64 = 1 << 6;
+    /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
+    pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
 }
 
 /// What other threads see of a vCPU.
@@ -330,6 +333,7 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
     pub(crate) pic_signal: bool,
+    pub(crate) delivery: CpuDelivery,
     /// CR8 as hardware last had it.
     pub(crate) cr8: u8,
     /// Where the IRET of an NMI handler is: NMIs are masked until the guest is past it.
@@ -411,6 +415,10 @@ impl<V: Vendor> Vcpu<V> {
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
+        if let Some(page) = vm.memory.apic_page() {
+            hw.set_apic_page(page);
+        }
+        peer.kick.post_quietly(request::EOI_LISTENERS);
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
@@ -444,6 +452,7 @@ impl<V: Vendor> Vcpu<V> {
             unhalted: false,
             user_interrupt: None,
             pic_signal: false,
+            delivery: CpuDelivery::default(),
             cr8: 0,
             nmi_return: None,
             stepping: false,
@@ -536,6 +545,7 @@ impl<V: Vendor> State<V> {
         self.pic_signal = false;
         self.msrs.init();
         self.clock.reset();
+        self.forget_handed_over();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;

@@ -4,6 +4,7 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod apicv;
 pub mod client;
 pub mod debug;
 pub mod dirty_log;
@@ -36,6 +37,7 @@ pub const GROUPS: &[Group] = &[
     dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
+    apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,
