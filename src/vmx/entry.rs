@@ -225,6 +225,9 @@ impl VmxVcpu {
             self.prepare_rarely(irqs);
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
+        if regs.rflags & rflags::TF != 0 {
+            self.state.prepare_single_step(&self.machine, vmcs, self.user_steps);
+        }
         if self.state.is_dirty() {
             self.state.write_dirty(&self.machine, vmcs, regs.rflags);
         }
@@ -238,9 +241,6 @@ impl VmxVcpu {
                 *old = value;
                 vmcs.write(field, value);
             }
-        }
-        if regs.rflags & rflags::TF != 0 {
-            self.state.prepare_single_step(&self.machine, vmcs);
         }
         if self.primary != self.written_primary {
             self.written_primary = self.primary;

@@ -19,7 +19,7 @@ use crate::{
         cr::{cr0, cr4, efer, rflags},
         segment::{DescriptorTable, Segment, SegmentName},
         vmcs::{
-            control::{activity, entry},
+            control::{activity, entry, interruptibility},
             AccessRights, Control32, ControlNatural, Guest32, Guest64, GuestNatural, SegmentFields,
         },
     },
@@ -435,9 +435,12 @@ impl GuestState {
     }
 
     /// With TF set and events blocked by STI or MOV SS, the CPU insists on a pending single-step trap. SDM "Checks on Guest
-    /// Non-Register State".
+    /// Non-Register State". Userspace wants the trap after the next instruction: where it steps, nothing is blocked.
     #[cold]
-    pub(super) fn prepare_single_step(&self, machine: &Machine, vmcs: CurrentVmcs<'_>) {
+    pub(super) fn prepare_single_step(&mut self, machine: &Machine, vmcs: CurrentVmcs<'_>, user: bool) {
+        if user {
+            self.set_interruptibility(machine, interruptibility::STI | interruptibility::MOV_SS, 0);
+        }
         let blocking = self.interruptibility(machine);
         let pending = vmcs.read(GuestNatural::PendingDebugExceptions);
         let wanted = pending_debug_for(pending, blocking, rflags::TF, false);
