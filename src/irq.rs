@@ -341,7 +341,7 @@ pub(crate) struct Irq {
     pit_timer: SetOnce<Pin<KBox<Timer<PitTimer>>>>,
     storm_timer: SetOnce<Pin<KBox<Timer<StormTimer>>>>,
     #[pin]
-    pub(crate) irqfds: kernel::sync::Mutex<KVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
+    pub(crate) irqfds: kernel::sync::Mutex<KVVec<Pin<KBox<Irqfd<IrqfdLine>>>>>,
     /// KVM_PIT_SPEAKER_DUMMY: port 61h is here too.
     speaker: core::sync::atomic::AtomicBool,
 }
@@ -355,7 +355,7 @@ impl Irq {
             coalesced <- Coalesced::new(),
             pit_timer: SetOnce::new(),
             storm_timer: SetOnce::new(),
-            irqfds <- kernel::new_mutex!(KVec::new()),
+            irqfds <- kernel::new_mutex!(KVVec::new()),
             speaker: false.into(),
         }? Error)
     }
@@ -678,8 +678,10 @@ impl Irq {
         let mode = self.controllers.mode.load(Acquire);
         let user_levels = routing::level_vectors(&routes, mode >> mode::RESERVED_PINS_SHIFT, self.rules().wide_ids);
         let pit_pins = routing::pins(&routes, &starts, PIT_GSI);
+        let _irqfds = self.irqfds.lock();
         self.controllers.routes.replace(Routes { routes, starts, user_levels })?;
         self.controllers.chips.lock().pit_pins = pit_pins;
+        self.tell_resampling();
         Ok(())
     }
 }

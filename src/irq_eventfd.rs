@@ -104,6 +104,10 @@ impl Irq {
             return Ok(());
         }
         self.need(EINVAL)?;
+        if resample && !self.has_pic() {
+            // With the split irqchip nobody here sees what becomes of a line.
+            return Err(EINVAL);
+        }
         irqfds.reserve(1, GFP_KERNEL_ACCOUNT)?;
         let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
         let irqfd = Irqfd::new(fd, line)?;
@@ -141,8 +145,8 @@ impl Irq {
         Ok(())
     }
 
-    /// Tells the I/O APIC which of its pins are resampled.
-    fn tell_resampling(&self) {
+    /// Tells the I/O APIC which of its pins are resampled. The caller has `irqfds` locked, so that the last one to tell knows all.
+    pub(crate) fn tell_resampling(&self) {
         let mut pins = 0;
         let resamplers = self.controllers.resamplers.read();
         let routes = self.controllers.routes.read();

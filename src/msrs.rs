@@ -339,6 +339,8 @@ impl<V: Vendor> Vm<V> {
     /// KVM_X86_SET_MSR_FILTER. When it returns, no vCPU runs guest code under the old filter.
     pub(crate) fn set_msr_filter(&self, request: &KvmMsrFilter) -> Result {
         let filter = Arc::new(MsrFilter::new(request)?, GFP_KERNEL_ACCOUNT)?;
+        // A vCPU that is being made either has this filter or is among the peers.
+        let _setup = self.setup.lock();
         *self.msr_filter.lock() = Some(filter);
         KickPoint::post_and_wait(self.peers.iter().map(|peer| &peer.kick), request::MSR_FILTER);
         Ok(())

@@ -2,7 +2,7 @@
 //! Virtual CPUs: what others see of one, what its own thread works on, and its file descriptor.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use kernel::{
     prelude::*,
@@ -67,6 +67,8 @@ pub(crate) mod request {
     pub(crate) const MSR_FILTER: u64 = 1 << 3;
     /// Another CPU of the guest wakes this one, without an interrupt.
     pub(crate) const UNHALT: u64 = 1 << 4;
+    /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
+    pub(crate) const LOG_WRITES: u64 = 1 << 6;
 }
 
 /// What other threads see of a vCPU.
@@ -90,6 +92,8 @@ pub(crate) struct Peers {
     pub(crate) stats: VmStats,
     /// Entries of each vCPU's dirty ring; 0: dirty bitmaps.
     ring_entries: AtomicU32,
+    /// Some slot has a dirty log that hardware fills.
+    logs_writes: AtomicBool,
 }
 
 impl Peers {
@@ -101,7 +105,14 @@ impl Peers {
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
         Ok(Arc::new(
-            Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new(), ring_entries: AtomicU32::new(0) },
+            Self {
+                peers,
+                cards,
+                count: AtomicUsize::new(0),
+                stats: VmStats::new(),
+                ring_entries: AtomicU32::new(0),
+                logs_writes: AtomicBool::new(false),
+            },
             GFP_KERNEL_ACCOUNT,
         )?)
     }
@@ -152,6 +163,23 @@ impl Peers {
     /// Wants dirty rings. The caller keeps others from adding vCPUs at the same time.
     pub(crate) fn set_ring_entries(&self, entries: u32) {
         self.ring_entries.store(entries, Ordering::Relaxed);
+    }
+
+    pub(crate) fn logs_writes(&self) -> bool {
+        self.logs_writes.load(Ordering::Relaxed)
+    }
+
+    /// Hardware is to note the pages that guests write, or not any more. On return none writes that does not know.
+    pub(crate) fn log_writes(&self, on: bool) {
+        // A full barrier: a vCPU that is missing among the peers looks at this before it runs.
+        if self.logs_writes.swap(on, Ordering::SeqCst) != on {
+            KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::LOG_WRITES);
+        }
+    }
+
+    /// Waits until every page that a guest has written so far, and hardware has noted, is in its log.
+    pub(crate) fn collect_written(&self) {
+        KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), 0);
     }
 
     /// A page was written: into the ring of the vCPU that this thread runs. What others write goes where there is most room.
@@ -373,12 +401,13 @@ impl<V: Vendor> Vcpu<V> {
                 stats: VcpuStats::new(),
                 ring: match vm.peers.ring_entries() {
                     0 => None,
-                    entries => Some(DirtyRing::new(entries)?),
+                    entries => Some(DirtyRing::new(entries, vm.host.owner.hardware().write_log_entries())?),
                 },
                 runner: AtomicUsize::new(0),
             },
             GFP_KERNEL_ACCOUNT,
         )?;
+        peer.kick.post_quietly(request::LOG_WRITES);
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());

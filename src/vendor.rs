@@ -7,7 +7,7 @@ use kernel::{prelude::*, sync::Arc};
 use crate::{
     arch::{
         segment::{DescriptorTable, Segment},
-        Hpa, Level,
+        Gpa, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
@@ -36,6 +36,11 @@ pub(crate) trait Vendor: Hardware + Sized {
 
     /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
     fn no_large_execute(&self) -> bool;
+
+    /// Pages that hardware can note for a vCPU before an exit, when the guest sets the dirty bits that map them; 0 if it notes none.
+    fn write_log_entries(&self) -> u32 {
+        0
+    }
 }
 
 /// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
@@ -103,6 +108,11 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_user_steps(&mut self, steps: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
+    /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].
+    fn log_writes(&mut self, _on: bool) {}
+    /// Calls `written` with what was noted since the last call. After every `run`, before anybody sees the vCPU outside of guest mode.
+    #[inline]
+    fn take_written(&mut self, _irqs: &IrqsOff, _written: impl FnMut(Gpa)) {}
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

@@ -71,6 +71,8 @@ pub enum Exit {
     ControlRegister(RegisterMove),
     DebugRegister(RegisterMove),
     NestedFault(NestedFault),
+    /// Hardware's log of written pages was full; it has been emptied.
+    WriteLogFull,
     /// An instruction that this virtual CPU does not have: #UD.
     UndefinedInstruction,
     /// Triple fault.

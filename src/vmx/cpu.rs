@@ -17,7 +17,7 @@ use crate::{
         vmcs::control::{entry, exit},
     },
     glue::{
-        cpu::{self, HostFeatures, IrqsOff, LastVcpu},
+        cpu::{self, HostFeatures, IrqsOff, LastVcpu, VcpuId},
         error,
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
@@ -64,7 +64,7 @@ impl Vmx {
 
     /// Looks at the host. Each refusal is one line in the log: `ENODEV` without VMX, `EPERM` when firmware disabled it, `EOPNOTSUPP`
     /// without what Krab needs of it.
-    pub(crate) fn probe() -> Result<Arc<Self>> {
+    pub(crate) fn probe(options: Options) -> Result<Arc<Self>> {
         let features = cpu::host_features();
         if !Self::present() {
             pr_err!("this CPU has no VMX (or its hypervisor does not offer it): Krab needs Intel VMX with EPT\n");
@@ -77,7 +77,7 @@ impl Vmx {
         }
         let [signature, ..] = cpu::cpuid(1, 0);
         let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
-        let mut config = negotiate(&capabilities, Options { apicv: false }).map_err(|refusal| {
+        let mut config = negotiate(&capabilities, options).map_err(|refusal| {
             pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
             error::unsupported()
         })?;
@@ -118,9 +118,9 @@ impl Vmx {
         )?)
     }
 
-    /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
+    /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
-    pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
+    pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
         self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
     }
 

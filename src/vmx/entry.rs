@@ -42,6 +42,8 @@ pub(super) mod own {
     pub(in crate::vmx) const CONSTANT: u8 = 1 << 0;
     /// Nested root and TSC offset.
     pub(in crate::vmx) const CONTROL: u8 = 1 << 1;
+    /// Secondary controls, and the fields of those that come and go.
+    pub(in crate::vmx) const SECONDARY: u8 = 1 << 2;
 }
 
 /// Translations to forget before the next entry.
@@ -60,8 +62,6 @@ impl VmxVcpu {
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
         let controls = &self.machine.host.config.controls;
         vmcs.write(Control32::Pin, controls.pin);
-        let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
-        vmcs.write(Control32::Secondary, controls.secondary & !without_vpid);
         vmcs.write(Control32::Exit, controls.exit);
         vmcs.write(Control32::ExceptionBitmap, EXCEPTIONS);
         for zero in [
@@ -101,6 +101,11 @@ impl VmxVcpu {
         vmcs.write(GuestNatural::Rflags, self.rflags);
     }
 
+    fn secondary(&self) -> u32 {
+        let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
+        self.machine.host.config.controls.secondary & !without_vpid | self.pml_control()
+    }
+
     /// What few entries need: fields that nearly never change, and forgetting translations.
     #[cold]
     fn prepare_rarely(&mut self, irqs: &IrqsOff) {
@@ -110,6 +115,10 @@ impl VmxVcpu {
         let wanted = core::mem::take(&mut self.flush);
         if dirty & own::CONSTANT != 0 {
             self.write_constants(vmcs);
+        }
+        if dirty & own::SECONDARY != 0 {
+            vmcs.write(Control32::Secondary, self.secondary());
+            self.write_pml(vmcs);
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
@@ -153,6 +162,7 @@ impl VmxVcpu {
                 }
                 self.entry_failed(irqs, reason.0.into())
             }
+            VmExit::PmlFull => Exit::WriteLogFull,
             VmExit::EptMisconfiguration(_) => Exit::Unknown { reason: reason::EPT_MISCONFIGURATION.into() },
             // Of controls that are off.
             _ => Exit::Unknown { reason: u64::MAX },
@@ -225,11 +235,18 @@ impl VmxVcpu {
             self.prepare_rarely(irqs);
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
-        if regs.rflags & rflags::TF != 0 {
-            self.state.prepare_single_step(&self.machine, vmcs, self.user_steps);
+        if self.user_steps {
+            // The CPU would insist on a trap before the next instruction, and userspace wants the one after it.
+            self.state.set_interruptibility(&self.machine, interruptibility::STI | interruptibility::MOV_SS, 0);
+        }
+        if regs.rflags != self.rflags {
+            self.state.flags_changed(&self.machine, regs.rflags ^ self.rflags);
         }
         if self.state.is_dirty() {
             self.state.write_dirty(&self.machine, vmcs, regs.rflags);
+        }
+        if (regs.rflags | self.rflags) & rflags::TF != 0 {
+            self.state.prepare_single_step(&self.machine, vmcs, regs.rflags);
         }
         let rsp = if self.rsp_left { self.rsp } else { regs.gpr[Gpr::Rsp as usize] };
         for (field, value, old) in [
@@ -280,7 +297,7 @@ impl VmxVcpu {
         }
         let exit = self.neutral(decoded.exit, irqs);
         self.wanted = match exit {
-            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
+            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow | Exit::WriteLogFull => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             // MOV to a control register may be from RSP.

@@ -11,6 +11,7 @@
 mod cpu;
 mod entry;
 mod insn;
+mod pml;
 mod state;
 mod vcpu;
 

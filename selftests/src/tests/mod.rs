@@ -6,13 +6,17 @@ use krabtest::harness::Group;
 pub mod api;
 pub mod client;
 pub mod debug;
+pub mod dirty_log;
+pub mod eventfds;
 pub mod exceptions;
+pub mod faults;
 pub mod host_state;
 pub mod irqchip;
 pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod random_state;
 pub mod real_mode;
 pub mod safety;
 pub mod state;
@@ -29,10 +33,14 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    dirty_log::GROUP,
+    faults::GROUP,
     lapic::GROUP,
     irqchip::GROUP,
+    eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    random_state::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];
