@@ -112,6 +112,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_cr8_writes(&mut self, wanted: bool);
     /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
     fn want_breakpoints(&mut self, wanted: bool);
+    /// Whether RFLAGS.TF is set by userspace, which wants each instruction's trap even after STI.
+    fn set_user_steps(&mut self, steps: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
     /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].

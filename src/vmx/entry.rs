@@ -239,6 +239,10 @@ impl VmxVcpu {
             self.prepare_rarely(irqs);
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
+        if self.user_steps {
+            // The CPU would insist on a trap before the next instruction, and userspace wants the one after it.
+            self.state.set_interruptibility(&self.machine, interruptibility::STI | interruptibility::MOV_SS, 0);
+        }
         if regs.rflags != self.rflags {
             self.state.flags_changed(&self.machine, regs.rflags ^ self.rflags);
         }

@@ -41,8 +41,9 @@ use crate::{
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 /// One vCPU.
 pub(crate) struct VmxVcpu {
@@ -68,6 +69,8 @@ pub(crate) struct VmxVcpu {
     /// The exception bitmap, and what of it the VMCS has.
     pub(super) exceptions: u32,
     pub(super) written_exceptions: u32,
+    /// RFLAGS.TF is userspace's.
+    pub(super) user_steps: bool,
     /// Fields of this room's own to be written: bits of [`own`].
     pub(super) dirty: u8,
 
@@ -115,6 +118,7 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
+            user_steps: false,
             dirty: own::CONSTANT | own::CONTROL | own::SECONDARY,
             injection: None,
             unfinished: None,
@@ -449,6 +453,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_breakpoints(&mut self, wanted: bool) {
         set_bit(&mut self.exceptions, 1 << vector::BP, wanted);
+    }
+
+    fn set_user_steps(&mut self, steps: bool) {
+        self.user_steps = steps;
     }
 
     fn want_all_msrs(&mut self, wanted: bool) {
