@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The CPU that code runs on: what must be off while it runs, its model-specific registers, its features.
-use core::{cell::Cell, ffi::c_void, marker::PhantomData};
+use core::{
+    cell::Cell,
+    ffi::c_void,
+    marker::PhantomData,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use kernel::prelude::*;
 
@@ -162,17 +167,28 @@ pub(crate) fn write_flush_cmd(value: u64) {
     let _ = unsafe { write_msr(msr::FLUSH_CMD, value) };
 }
 
-/// The vCPU, by its number, that ran on a CPU last; 0 for none.
+/// What tells a vCPU from every other one, ever.
+pub(crate) struct VcpuId(u64);
+
+impl VcpuId {
+    /// One that nobody has.
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// The vCPU that ran on a CPU last; 0 for none.
 #[derive(Default)]
 pub(crate) struct LastVcpu(Cell<u64>);
 
 impl LastVcpu {
     /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction.
     #[inline]
-    pub(crate) fn separate(&self, vcpu: u64, features: &HostFeatures, irqs: &IrqsOff) {
+    pub(crate) fn separate(&self, vcpu: &VcpuId, features: &HostFeatures, irqs: &IrqsOff) {
         /// PRED_CMD: a whole barrier.
         const IBPB: u64 = 1;
-        if self.0.replace(vcpu) != vcpu && features.ibpb {
+        if self.0.replace(vcpu.0) != vcpu.0 && features.ibpb {
             // Each vCPU is a prediction domain of its own.
             write_pred_cmd(IBPB);
         }

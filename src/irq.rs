@@ -38,7 +38,7 @@ use crate::{
         Bits256, Eoi, LineSource, LineStatus, Message,
     },
     new_irq_spinlock,
-    vcpu::Peers,
+    vcpu::{request, Peers},
 };
 
 /// How a GSI is driven.
@@ -60,6 +60,16 @@ struct Chips {
     pit: Option<KBox<Pit>>,
     /// Pins that [`PIT_GSI`] goes to.
     pit_pins: Pins,
+    /// What the vCPUs know of [`Chips::eoi_listeners`].
+    eoi_listeners: Bits256,
+}
+
+impl Chips {
+    /// The vectors whose end the models want to know.
+    fn eoi_listeners(&self) -> Bits256 {
+        let pit_pins = if self.pit.is_some() { self.pit_pins.ioapic } else { 0 };
+        self.irqchip.as_ref().map_or(Bits256::EMPTY, |irqchip| irqchip.ioapic.eoi_vectors(pit_pins))
+    }
 }
 
 #[derive(Default)]
@@ -99,6 +109,8 @@ mod mode {
     pub(super) const WIDE_IDS: u32 = 1 << 2;
     /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
     pub(super) const FF_IS_ONE_CPU: u32 = 1 << 3;
+    /// Not userspace's choice: CPUs may end interrupts without us, and must know of which we want to hear.
+    pub(super) const CPU_ENDS: u32 = 1 << 4;
     /// Routes of the first GSIs, this many, are pins of userspace's I/O APIC.
     pub(super) const RESERVED_PINS_SHIFT: u32 = 16;
 }
@@ -229,8 +241,26 @@ impl Controllers {
 
     /// Tells the I/O APIC which of its pins (as bits) are resampled.
     pub(crate) fn set_resampling(&self, pins: u32) {
-        if let Some(irqchip) = &mut self.chips.lock().irqchip {
+        let mut chips = self.chips.lock();
+        if let Some(irqchip) = &mut chips.irqchip {
             irqchip.ioapic.set_resampling(pins);
+        }
+        self.announce(&mut chips);
+    }
+
+    /// Lets the vCPUs know of whose end we want to hear, if that changed: before the next message of those vectors.
+    fn announce(&self, chips: &mut Chips) {
+        let listeners = chips.eoi_listeners();
+        if listeners != core::mem::replace(&mut chips.eoi_listeners, listeners) {
+            self.announce_all();
+        }
+    }
+
+    fn announce_all(&self) {
+        if self.has(mode::CPU_ENDS) {
+            for peer in self.peers.iter() {
+                peer.kick.post(request::EOI_LISTENERS);
+            }
         }
     }
 
@@ -410,6 +440,19 @@ impl Irq {
         self.exists().then_some(()).ok_or(error)
     }
 
+    /// CPUs of this VM may end interrupts themselves. Before there are vCPUs.
+    pub(crate) fn cpu_ends_interrupts(&self) {
+        self.controllers.mode.fetch_or(mode::CPU_ENDS, Release);
+    }
+
+    /// The vectors of which [`eoi`](Self::eoi) is to hear. [`request::EOI_LISTENERS`] says when there are others.
+    pub(crate) fn eoi_listeners(&self) -> Bits256 {
+        match self.controllers.has(mode::SPLIT) {
+            true => self.controllers.routes.read().user_levels,
+            false => self.controllers.chips.lock().eoi_listeners(),
+        }
+    }
+
     /// A local APIC ended an interrupt. Whether userspace is to know, because its I/O APIC sent it.
     pub(crate) fn eoi(&self, eoi: Eoi) -> bool {
         if self.controllers.has(mode::SPLIT) {
@@ -535,7 +578,10 @@ impl Irq {
                 return false;
             }
             let work = irqchip.ioapic.write(offset as u32, len, value);
-            if let Some((pin, message)) = work.message {
+            if work.entry_changed {
+                self.controllers.announce(&mut chips);
+            }
+            if let (Some((pin, message)), Some(irqchip)) = (work.message, &mut chips.irqchip) {
                 self.controllers.send_pin(&mut irqchip.ioapic, pin, &message);
             }
             let pins = chips.pit_pins.ioapic;
@@ -585,6 +631,7 @@ impl Irq {
             return Err(EEXIST);
         }
         chips.pit = Some(pit);
+        self.controllers.announce(&mut chips);
         drop(chips);
         self.speaker.store(config.flags & SPEAKER_DUMMY != 0, Release);
         self.pit_timer.populate(timer);
@@ -640,7 +687,10 @@ impl Irq {
             2 => {
                 let (state, _) = KvmIoapicState::read_from_prefix(&irqchip.chip).map_err(|_| EINVAL)?;
                 let pins = models.ioapic.restore(&state);
-                self.controllers.service_pins(&mut models.ioapic, pins);
+                self.controllers.announce(&mut chips);
+                if let Some(models) = &mut chips.irqchip {
+                    self.controllers.service_pins(&mut models.ioapic, pins);
+                }
             }
             _ => return Err(EINVAL),
         }
@@ -695,7 +745,13 @@ impl Irq {
         let pit_pins = routing::pins(&routes, &starts, PIT_GSI);
         let _irqfds = self.irqfds.lock();
         self.controllers.routes.replace(Routes { routes, starts, user_levels })?;
-        self.controllers.chips.lock().pit_pins = pit_pins;
+        let mut chips = self.controllers.chips.lock();
+        chips.pit_pins = pit_pins;
+        self.controllers.announce(&mut chips);
+        drop(chips);
+        if self.controllers.has(mode::SPLIT) {
+            self.controllers.announce_all();
+        }
         self.tell_resampling();
         Ok(())
     }

@@ -2,7 +2,10 @@
 //! Registers of a guest, as both vendors and the emulator see them.
 #![forbid(unsafe_code)]
 
-use crate::arch::segment::{DescriptorTable, Segment};
+use crate::arch::{
+    cr::cr0,
+    segment::{DescriptorTable, Segment, SegmentAttributes},
+};
 
 /// General-purpose register numbers as instructions encode them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,4 +55,27 @@ pub struct SystemRegs {
     pub efer: u64,
     /// Current privilege level, 0 to 3. The VMCB keeps it beside the segments.
     pub cpl: u8,
+}
+
+impl SystemRegs {
+    /// After RESET, and after INIT but for what of CR0 the latter keeps. SDM "Processor State After Reset".
+    pub const AT_RESET: Self = {
+        let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
+        let code = Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
+        let table = DescriptorTable { base: 0, limit: 0xFFFF };
+        Self {
+            segments: [data, code, data, data, data, data],
+            ldtr: Segment { attributes: SegmentAttributes(0x82), ..data },
+            tr: Segment { attributes: SegmentAttributes(0x8B), ..data },
+            gdtr: table,
+            idtr: table,
+            cr0: cr0::CD | cr0::NW | cr0::ET,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            cr8: 0,
+            efer: 0,
+            cpl: 0,
+        }
+    };
 }

@@ -10,7 +10,7 @@ use super::insn;
 use crate::{
     arch::msr,
     glue::{
-        cpu::{self, HostFeatures, IrqsOff, LastVcpu},
+        cpu::{self, HostFeatures, IrqsOff, LastVcpu, VcpuId},
         error,
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
@@ -106,9 +106,9 @@ impl Svm {
         Ok(Arc::new(Self { per_cpu, features, asid_count, io_permissions, msr_permissions, msr_all }, GFP_KERNEL)?)
     }
 
-    /// A vCPU, by its number, is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
+    /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
-    pub(super) fn separate(&self, vcpu: u64, irqs: &IrqsOff) {
+    pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
         self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
     }
 

@@ -3,35 +3,7 @@
  * World switch of SVM: one VMRUN, with the host's speculation mitigations around it.
  * APM Vol. 2 "VMRUN Instruction", "VMSAVE and VMLOAD Instructions", "Global Interrupt Flag".
  */
-#include <linux/linkage.h>
-#include <asm/asm.h>
-#include <asm/cpufeatures.h>
-#include <asm/msr-index.h>
-#include <asm/nospec-branch.h>
-#include <asm/segment.h>
-
-/* Offsets in `guest::Regs`: the array is in encoding order. RAX and RSP are switched by VMRUN. */
-#define RCX_OFFSET	(1 * 8)
-#define RDX_OFFSET	(2 * 8)
-#define RBX_OFFSET	(3 * 8)
-#define RBP_OFFSET	(5 * 8)
-#define RSI_OFFSET	(6 * 8)
-#define RDI_OFFSET	(7 * 8)
-#define R8_OFFSET	(8 * 8)
-#define R9_OFFSET	(9 * 8)
-#define R10_OFFSET	(10 * 8)
-#define R11_OFFSET	(11 * 8)
-#define R12_OFFSET	(12 * 8)
-#define R13_OFFSET	(13 * 8)
-#define R14_OFFSET	(14 * 8)
-#define R15_OFFSET	(15 * 8)
-
-	.section .rodata
-	.balign 2
-	/* VERW with a writable data selector in memory is the form that clears CPU buffers. */
-SYM_DATA_LOCAL(krab_verw_selector, .word __KERNEL_DS)
-
-	.section .noinstr.text, "ax"
+#include "../enter.h"
 
 /*
  * u32 krab_svm_enter(Regs *regs, u64 vmcb_pa, u64 host_save_pa, u64 guest_spec_ctrl, u64 host_spec_ctrl, Vmcb *vmcb)
@@ -62,15 +34,7 @@ SYM_FUNC_START(krab_svm_enter)
 
 1:	clgi
 
-	ALTERNATIVE "jmp .Lguest_spec_ctrl_done", "", X86_FEATURE_MSR_SPEC_CTRL
-	cmp	%rcx, %r8
-	je	.Lguest_spec_ctrl_done
-	mov	%ecx, %eax
-	mov	%rcx, %rdx
-	shr	$32, %rdx
-	mov	$MSR_IA32_SPEC_CTRL, %ecx
-	wrmsr
-.Lguest_spec_ctrl_done:
+	LOAD_GUEST_SPEC_CTRL
 
 	/* Some CPUs let the next user of the divider see stale data of the last one: divide something harmless. */
 	ALTERNATIVE "jmp .Ldivider_done", "", X86_BUG_DIV0
@@ -83,20 +47,7 @@ SYM_FUNC_START(krab_svm_enter)
 	mov	%rsi, %rax
 	vmload	%rax
 
-	mov	RCX_OFFSET(%rdi), %rcx
-	mov	RDX_OFFSET(%rdi), %rdx
-	mov	RBX_OFFSET(%rdi), %rbx
-	mov	RBP_OFFSET(%rdi), %rbp
-	mov	RSI_OFFSET(%rdi), %rsi
-	mov	R8_OFFSET(%rdi), %r8
-	mov	R9_OFFSET(%rdi), %r9
-	mov	R10_OFFSET(%rdi), %r10
-	mov	R11_OFFSET(%rdi), %r11
-	mov	R12_OFFSET(%rdi), %r12
-	mov	R13_OFFSET(%rdi), %r13
-	mov	R14_OFFSET(%rdi), %r14
-	mov	R15_OFFSET(%rdi), %r15
-	mov	RDI_OFFSET(%rdi), %rdi
+	LOAD_GUEST_REGISTERS
 
 	ALTERNATIVE "", "verw krab_verw_selector(%rip)", X86_FEATURE_CLEAR_CPU_BUF_VM
 
@@ -105,20 +56,7 @@ SYM_FUNC_START(krab_svm_enter)
 	cli
 
 	pop	%rax
-	mov	%rcx, RCX_OFFSET(%rax)
-	mov	%rdx, RDX_OFFSET(%rax)
-	mov	%rbx, RBX_OFFSET(%rax)
-	mov	%rbp, RBP_OFFSET(%rax)
-	mov	%rsi, RSI_OFFSET(%rax)
-	mov	%rdi, RDI_OFFSET(%rax)
-	mov	%r8, R8_OFFSET(%rax)
-	mov	%r9, R9_OFFSET(%rax)
-	mov	%r10, R10_OFFSET(%rax)
-	mov	%r11, R11_OFFSET(%rax)
-	mov	%r12, R12_OFFSET(%rax)
-	mov	%r13, R13_OFFSET(%rax)
-	mov	%r14, R14_OFFSET(%rax)
-	mov	%r15, R15_OFFSET(%rax)
+	STORE_GUEST_REGISTERS
 
 	pop	%rax
 	vmsave	%rax
@@ -129,20 +67,9 @@ SYM_FUNC_START(krab_svm_enter)
 	/* No RET may run on the guest's return stack. */
 	FILL_RETURN_BUFFER %rax, RSB_CLEAR_LOOPS, X86_FEATURE_RSB_VMEXIT
 
-	pop	%r8			/* guest SPEC_CTRL: it is intercepted, so the guest did not change it */
+	pop	%r8			/* guest SPEC_CTRL */
 	pop	%r9			/* host SPEC_CTRL */
-	ALTERNATIVE "jmp .Lhost_spec_ctrl_done", "", X86_FEATURE_MSR_SPEC_CTRL
-	cmp	%r8, %r9
-	je	.Lhost_spec_ctrl_same
-	mov	%r9d, %eax
-	mov	%r9, %rdx
-	shr	$32, %rdx
-	mov	$MSR_IA32_SPEC_CTRL, %ecx
-	wrmsr
-.Lhost_spec_ctrl_same:
-	/* The comparison may be mispredicted: nothing runs ahead of it. */
-	lfence
-.Lhost_spec_ctrl_done:
+	LOAD_HOST_SPEC_CTRL
 
 	VALIDATE_UNRET_END
 	CALL_UNTRAIN_RET
@@ -155,21 +82,9 @@ SYM_FUNC_START(krab_svm_enter)
 	FILL_RETURN_BUFFER %rax, RSB_CLEAR_LOOPS, X86_BUG_IBPB_NO_RET
 .Libpb_done:
 
-	/* Guest values must not be used by speculation: RAX and RSP were switched by hardware. */
-	xor	%ecx, %ecx
-	xor	%edx, %edx
+	/* RAX and RSP were switched by the CPU. */
 	xor	%ebx, %ebx
-	xor	%ebp, %ebp
-	xor	%esi, %esi
-	xor	%edi, %edi
-	xor	%r8d, %r8d
-	xor	%r9d, %r9d
-	xor	%r10d, %r10d
-	xor	%r11d, %r11d
-	xor	%r12d, %r12d
-	xor	%r13d, %r13d
-	xor	%r14d, %r14d
-	xor	%r15d, %r15d
+	CLEAR_GUEST_REGISTERS
 
 	stgi				/* a pending NMI is taken here */
 	xor	%eax, %eax

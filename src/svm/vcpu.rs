@@ -2,8 +2,6 @@
 //! One virtual CPU: its VMCB and what goes in and out of it.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
@@ -17,12 +15,17 @@ use crate::{
         vmcb::{event, exit_code, int_ctl, int_state, misc1, misc2, misc3, tlb_ctl, Vmcb, VmcbSegment},
         Hpa, Level,
     },
-    glue::{cpu::IrqsOff, fpu::Window, phys::PhysBox},
+    glue::{
+        cpu::{IrqsOff, VcpuId},
+        fpu::Window,
+        phys::PhysBox,
+    },
     guest::{
         event::{vector, Event, Exception},
         Exit, Gpr, Regs, SystemRegs,
     },
     mmu::Npt,
+    policy::msr::PAT_RESET,
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
@@ -68,13 +71,9 @@ const CR8_WRITE: u32 = 1 << 24;
 /// The upper half of V_TPR.
 const V_TPR_RESERVED: u32 = 0xF0;
 
-/// PAT after reset.
-const PAT_INIT: u64 = 0x0007_0406_0007_0406;
-
 pub(crate) struct SvmVcpu {
     host: Arc<Svm>,
-    /// Like no other vCPU's, ever.
-    number: u64,
+    id: VcpuId,
     vmcb: PhysBox<Vmcb>,
     asid: Asid,
     flush_wanted: bool,
@@ -92,10 +91,9 @@ impl Vendor for Svm {
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
     fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut vcpu = SvmVcpu {
             host: self.clone(),
-            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: VcpuId::new(),
             vmcb: PhysBox::new()?,
             asid: Asid::default(),
             flush_wanted: false,
@@ -183,19 +181,9 @@ impl VendorVcpu for SvmVcpu {
     const NMI_WINDOW: bool = false;
 
     fn reset(&mut self, init: bool) {
-        // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
+        // INIT leaves CR0.CD, CR0.NW and most MSRs alone.
         let caching = if init { self.guest_cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
-        let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
-        let code = Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
-        self.set_system_regs(&SystemRegs {
-            segments: [data, code, data, data, data, data],
-            ldtr: Segment { attributes: SegmentAttributes(0x82), ..data },
-            tr: Segment { attributes: SegmentAttributes(0x8B), ..data },
-            gdtr: DescriptorTable { base: 0, limit: 0xFFFF },
-            idtr: DescriptorTable { base: 0, limit: 0xFFFF },
-            cr0: cr0::ET | caching,
-            ..SystemRegs::default()
-        });
+        self.set_system_regs(&SystemRegs { cr0: cr0::ET | caching, ..SystemRegs::AT_RESET });
         self.vmcb.save.dr6 = dr::DR6_INIT;
         self.vmcb.save.dr7 = dr::DR7_INIT;
         self.vmcb.control.int_state = 0;
@@ -204,7 +192,7 @@ impl VendorVcpu for SvmVcpu {
         self.want_nmi_window(false);
         if !init {
             let save = &mut self.vmcb.save;
-            save.pat = PAT_INIT;
+            save.pat = PAT_RESET;
             save.star = 0;
             save.lstar = 0;
             save.cstar = 0;
@@ -515,6 +503,8 @@ impl VendorVcpu for SvmVcpu {
         self.vmcb.control.intercept_exceptions = EXCEPTIONS | more;
     }
 
+    fn set_user_steps(&mut self, _: bool) {}
+
     fn want_all_msrs(&mut self, wanted: bool) {
         let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
         self.vmcb.control.msrpm_base = map.address().0;
@@ -565,7 +555,7 @@ impl VendorVcpu for SvmVcpu {
 
     #[inline]
     fn begin_window(&mut self, irqs: &IrqsOff) {
-        self.host.separate(self.number, irqs);
+        self.host.separate(&self.id, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
     }
 

@@ -2,28 +2,28 @@
 //! One virtual CPU: entering the guest, and what exits leave behind.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
+    apic::Apic,
     cpu::Vmx,
     entry::{flush, own},
-    insn::VirtualApic,
+    insn::WriteLog,
+    pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
 use crate::{
     arch::{
         cr::{cr0, dr, efer},
-        segment::{DescriptorTable, Segment, SegmentAttributes},
+        segment::{DescriptorTable, Segment},
         vmcs::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Hpa, Level,
+        Gpa, Hpa, Level,
     },
     glue::{
-        cpu::IrqsOff,
+        cpu::{IrqsOff, VcpuId},
         fpu::Window,
         phys::PhysBox,
         vmx::{load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
@@ -32,24 +32,28 @@ use crate::{
         event::{vector, Event},
         Exit, Regs, SystemRegs,
     },
+    irqchip::{lapic::Lapic, Bits256},
     mmu::Ept,
-    policy::vmx::event::{injection, Injection},
+    policy::{
+        msr::PAT_RESET,
+        vmx::event::{injection, interruptibility_for, Injection},
+    },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
-
-/// PAT after reset.
-const PAT_INIT: u64 = 0x0007_0406_0007_0406;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 /// One vCPU.
 pub(crate) struct VmxVcpu {
     pub(super) machine: Machine,
     pub(super) state: GuestState,
-    /// Like no other vCPU's, ever.
-    pub(super) number: u64,
-    pub(super) virtual_apic: PhysBox<VirtualApic>,
+    pub(super) id: VcpuId,
+    /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
+    pub(super) write_log: Option<PhysBox<WriteLog>>,
+    pub(super) logs_writes: bool,
+    pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
     pub(super) nested_root: Hpa,
@@ -65,6 +69,8 @@ pub(crate) struct VmxVcpu {
     /// The exception bitmap, and what of it the VMCS has.
     pub(super) exceptions: u32,
     pub(super) written_exceptions: u32,
+    /// RFLAGS.TF is userspace's.
+    pub(super) user_steps: bool,
     /// Fields of this room's own to be written: bits of [`own`].
     pub(super) dirty: u8,
 
@@ -93,12 +99,13 @@ impl Vendor for Vmx {
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xC1];
 
     fn new_vcpu(self: &Arc<Self>) -> Result<VmxVcpu> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut vcpu = VmxVcpu {
             machine: Machine::new(self.clone())?,
             state: GuestState::new(),
-            number: NEXT.fetch_add(1, Ordering::Relaxed),
-            virtual_apic: PhysBox::new()?,
+            id: VcpuId::new(),
+            write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
+            logs_writes: false,
+            apic: Apic::new()?,
             vpid: self.take_vpid(),
             tsc_offset: 0,
             nested_root: Hpa(0),
@@ -111,7 +118,8 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
-            dirty: own::CONSTANT | own::CONTROL,
+            user_steps: false,
+            dirty: own::CONSTANT | own::CONTROL | own::SECONDARY,
             injection: None,
             unfinished: None,
             next_rip: None,
@@ -143,6 +151,19 @@ impl Vendor for Vmx {
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
     }
+
+    fn write_log_entries(&self) -> u32 {
+        if self.config.features.pml {
+            pml::ENTRIES
+        } else {
+            0
+        }
+    }
+
+    fn has_apic_page(&self) -> bool {
+        let features = &self.config.features;
+        features.apic_access && features.apic_registers && features.virtual_interrupts
+    }
 }
 
 impl Drop for VmxVcpu {
@@ -169,25 +190,16 @@ impl VmxVcpu {
 
 impl VendorVcpu for VmxVcpu {
     const NMI_WINDOW: bool = true;
+    const DELIVERS: bool = true;
 
     fn reset(&mut self, init: bool) {
         if core::mem::take(&mut self.rsp_left) {
             // The VMCS is loaded, and what it has decides whether the next entry writes it.
             self.rsp = self.machine.vmcs.peek(GuestNatural::Rsp);
         }
-        // SDM "Processor State After Reset": INIT keeps CR0.CD and CR0.NW and most MSRs.
+        // INIT leaves CR0.CD, CR0.NW and most MSRs alone.
         let caching = if init { self.state.cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
-        let data = Segment { base: 0, limit: 0xFFFF, selector: 0, attributes: SegmentAttributes(0x93) };
-        let code = Segment { base: 0xFFFF_0000, selector: 0xF000, attributes: SegmentAttributes(0x9B), ..data };
-        self.set_system_regs(&SystemRegs {
-            segments: [data, code, data, data, data, data],
-            ldtr: Segment { attributes: SegmentAttributes(0x82), ..data },
-            tr: Segment { attributes: SegmentAttributes(0x8B), ..data },
-            gdtr: DescriptorTable { base: 0, limit: 0xFFFF },
-            idtr: DescriptorTable { base: 0, limit: 0xFFFF },
-            cr0: cr0::ET | caching,
-            ..SystemRegs::default()
-        });
+        self.set_system_regs(&SystemRegs { cr0: cr0::ET | caching, ..SystemRegs::AT_RESET });
         self.state.dr6 = dr::DR6_INIT;
         self.state.dr7 = dr::DR7_INIT;
         self.state.set_interruptibility(&self.machine, u32::MAX, 0);
@@ -196,7 +208,7 @@ impl VendorVcpu for VmxVcpu {
         self.want_interrupt_window(false);
         self.want_nmi_window(false);
         if !init {
-            self.state.pat = PAT_INIT;
+            self.state.pat = PAT_RESET;
             self.state.sysenter = [0; 3];
             self.state.syscall = SyscallMsrs::default();
             self.state.kernel_gs_base = 0;
@@ -384,8 +396,6 @@ impl VendorVcpu for VmxVcpu {
 
     fn inject(&mut self, event: Event) {
         match event {
-            // It must not find NMIs blocked; the delivery blocks them.
-            Event::Nmi => self.state.set_interruptibility(&self.machine, interruptibility::NMI, 0),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
                     (vector::PF, Some(address)) => self.state.cr2 = address,
@@ -400,6 +410,8 @@ impl VendorVcpu for VmxVcpu {
             _ => {}
         }
         self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
+        let state = self.state.interruptibility(&self.machine);
+        self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
     }
 
     #[inline]
@@ -448,18 +460,68 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.exceptions, 1 << vector::BP, wanted);
     }
 
+    fn set_user_steps(&mut self, steps: bool) {
+        self.user_steps = steps;
+    }
+
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
     }
 
+    fn log_writes(&mut self, on: bool) {
+        self.set_pml(on);
+    }
+
+    #[inline]
+    fn take_written(&mut self, irqs: &IrqsOff, written: impl FnMut(Gpa)) {
+        if self.logs_writes {
+            self.empty_pml(irqs, written);
+        }
+    }
+
     #[inline]
     fn tpr(&self) -> u8 {
-        self.virtual_apic.cr8()
+        self.apic.page.cr8()
     }
 
     #[inline]
     fn set_tpr(&mut self, cr8: u8) {
-        self.virtual_apic.set_cr8(cr8);
+        self.apic.set_cr8(cr8);
+    }
+
+    fn set_apic_page(&mut self, page: Hpa) {
+        self.apic.set_window(page);
+    }
+
+    fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
+        if self.apic.choose(&self.machine.host.config.features, apic) {
+            self.dirty |= own::SECONDARY;
+            // What is cached of the APIC-access page depends on the control. SDM "Virtualizing Memory-Mapped APIC Accesses".
+            self.flush |= flush::NESTED;
+        }
+        self.apic.delivers()
+    }
+
+    fn uses_apic_page(&self) -> bool {
+        self.apic.has_window()
+    }
+
+    fn set_eoi_listeners(&mut self, vectors: &Bits256) {
+        self.apic.set_listeners(vectors);
+    }
+
+    fn hand_over(&mut self, lapic: &mut Lapic, all: bool, irqs: &IrqsOff) {
+        if self.dirty & own::SECONDARY != 0 {
+            self.prepare_rarely(irqs);
+        }
+        // Without a VMCS there is no entry.
+        if let Some(vmcs) = self.machine.vmcs.current(irqs) {
+            self.apic.hand_over(vmcs, lapic, all);
+        }
+    }
+
+    fn take_back(&mut self, lapic: &mut Lapic) {
+        self.apic.take_back(lapic);
     }
 
     #[inline]
@@ -481,7 +543,7 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn begin_window(&mut self, irqs: &IrqsOff) {
-        self.machine.host.separate(self.number, irqs);
+        self.machine.host.separate(&self.id, irqs);
         let task = TaskState::save(irqs);
         load_kernel_gs_base(self.state.kernel_gs_base, &task);
         self.task = Some(task);

@@ -190,6 +190,13 @@ impl fmt::Display for Refusal {
 pub struct Options {
     /// Interrupt delivery by hardware.
     pub apicv: bool,
+    /// Page-modification logging.
+    pub pml: bool,
+}
+
+impl Options {
+    /// Everything that the CPU has.
+    pub const ALL: Self = Self { apicv: true, pml: true };
 }
 
 /// The control words that a new virtual CPU starts with. What comes and goes (windows, APICv, PML, ...) is off.
@@ -413,7 +420,7 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         posted_interrupts: virtual_interrupts
             && msrs.may(Word::Pin, pin::POSTED_INTERRUPTS)
             && msrs.may(Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),
-        pml: may_secondary(secondary::PML),
+        pml: options.pml && may_secondary(secondary::PML) && ept(ept_vpid::ACCESSED_DIRTY),
         tsc_scaling: may_secondary(secondary::TSC_SCALING),
         perf_global_ctrl: msrs.may(Word::Entry, entry::LOAD_PERF_GLOBAL_CTRL)
             && msrs.may(Word::Exit, exit::LOAD_PERF_GLOBAL_CTRL)

@@ -18,7 +18,7 @@ use crate::arch::{
     },
 };
 
-const APICV: Options = Options { apicv: true };
+const APICV: Options = Options::ALL;
 
 fn config(cpu: &Cpu) -> Config {
     negotiate(&cpu.msrs, APICV).unwrap_or_else(|refusal| panic!("{}: {refusal}", cpu.name))
@@ -57,7 +57,7 @@ fn legal(value: u32, msr: u64) -> bool {
 fn chosen_controls_are_legal() {
     for cpu in &GOOD {
         for apicv in [false, true] {
-            let controls = negotiate(&cpu.msrs, Options { apicv }).unwrap().controls;
+            let controls = negotiate(&cpu.msrs, Options { apicv, ..Options::ALL }).unwrap().controls;
             for (value, msr) in [
                 (controls.pin, cpu.msrs.true_pin),
                 (controls.primary, cpu.msrs.true_primary),
@@ -108,17 +108,18 @@ fn features_of_real_cpus() {
 }
 
 #[test]
-fn the_administrator_turns_apicv_off() {
+fn the_administrator_turns_features_off() {
     for cpu in &GOOD {
-        let features = negotiate(&cpu.msrs, Options { apicv: false }).unwrap().features;
+        let features = negotiate(&cpu.msrs, Options { apicv: false, pml: false }).unwrap().features;
         let off = [
             features.apic_access,
             features.apic_registers,
             features.virtual_interrupts,
             features.x2apic_mode,
             features.posted_interrupts,
+            features.pml,
         ];
-        assert_eq!(off, [false; 5], "{}", cpu.name);
+        assert_eq!(off, [false; 6], "{}", cpu.name);
         assert!(features.tpr_shadow);
     }
 }
@@ -341,7 +342,7 @@ fn random_capabilities_are_refused_or_legal() {
                 *msr ^= 1 << (next() & 63);
             }
         }
-        match negotiate(&msrs, Options { apicv: next() & 1 != 0 }) {
+        match negotiate(&msrs, Options { apicv: next() & 1 != 0, pml: next() & 1 != 0 }) {
             Ok(config) => {
                 good += 1;
                 assert!(Basic(msrs.basic).true_controls(), "without them CR3 exits are forced");
