@@ -19,6 +19,7 @@ pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod vmms;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
@@ -37,6 +38,7 @@ pub const GROUPS: &[Group] = &[
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    vmms::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];
