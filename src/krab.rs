@@ -52,6 +52,7 @@ use glue::{
     debugfs,
     fd::{CharDevice, Node},
 };
+use policy::vmx::Options as VmxOptions;
 use svm::Svm;
 use vendor::Vendor;
 use vmx::Vmx;
@@ -66,6 +67,10 @@ module! {
         kvm_node: u8 {
             default: 0,
             description: "1: serve /dev/kvm, too, where KVM is not loaded",
+        },
+        ept_ad: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not mark pages of guests as accessed and dirty",
         },
     },
 }
@@ -101,6 +106,11 @@ impl<V: Vendor> Registered<V> {
     }
 }
 
+/// What the parameters allow on Intel.
+fn vmx_options() -> VmxOptions {
+    VmxOptions { apicv: false, accessed_dirty: *module_parameters::ept_ad.value() != 0 }
+}
+
 struct Krab {
     _devices: Devices,
     _debugfs: debugfs::Root<vcpu::Peers>,
@@ -114,7 +124,7 @@ impl kernel::Module for Krab {
         let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
             CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
             // Intel, and who builds after it: Centaur, Zhaoxin.
-            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe()?, as_kvm)?),
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe(vmx_options())?, as_kvm)?),
         };
         Ok(Self { _devices: devices, _debugfs: debugfs })
     }

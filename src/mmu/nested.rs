@@ -347,6 +347,13 @@ impl<F: Format> NestedTable<F> {
         young
     }
 
+    /// Whether a page that has a frame among `count` from `start` is mapped: it was used, where hardware does not say so itself.
+    pub fn maps_any<T: Tables>(&self, tables: &mut T, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
+        self.for_each_leaf(tables, start, count, &mut |_: &mut T, _, _, _| mapped = true);
+        mapped
+    }
+
     /// Clears the dirty bits of the pages that have a frame among `count` from `start`, and reports each that was set
     /// as (first frame, number of frames). Split large pages first if that is too coarse. A flush is owed before the
     /// report may be relied on, if anything was reported.

@@ -64,7 +64,7 @@ impl Vmx {
 
     /// Looks at the host. Each refusal is one line in the log: `ENODEV` without VMX, `EPERM` when firmware disabled it, `EOPNOTSUPP`
     /// without what Krab needs of it.
-    pub(crate) fn probe() -> Result<Arc<Self>> {
+    pub(crate) fn probe(options: Options) -> Result<Arc<Self>> {
         let features = cpu::host_features();
         if !Self::present() {
             pr_err!("this CPU has no VMX (or its hypervisor does not offer it): Krab needs Intel VMX with EPT\n");
@@ -77,7 +77,7 @@ impl Vmx {
         }
         let [signature, ..] = cpu::cpuid(1, 0);
         let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
-        let mut config = negotiate(&capabilities, Options { apicv: false }).map_err(|refusal| {
+        let mut config = negotiate(&capabilities, options).map_err(|refusal| {
             pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
             error::unsupported()
         })?;
