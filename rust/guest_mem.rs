@@ -158,7 +158,7 @@ impl<T: Invalidate> AddressSpace<T> {
         if !self.is_current() {
             return Err(EIO);
         }
-        self.populate(hva, want);
+        self.populate(hva, want)?;
         if let Some(page) = self.fault_in_fast(hva, want) {
             return Ok(page);
         }
@@ -180,29 +180,35 @@ impl<T: Invalidate> AddressSpace<T> {
     }
 
     /// Makes the page at `hva` present as a fault of the program itself would, holding the lock of its area alone: much cheaper than
-    /// what looks pages up. Where that does not do, others find out.
-    fn populate(&self, hva: Hva, want: Want) {
+    /// what looks pages up. Where that does not do, others find out. EINTR when a signal ended the wait for the page, which may come from
+    /// a userfaultfd and be long.
+    fn populate(&self, hva: Hva, want: Want) -> Result {
         let task = kernel::current!();
         let address = hva.page_base().0 as usize;
-        let Some(area) = task.mm().and_then(|mm| mm.lock_vma_under_rcu(address)) else { return };
+        let Some(area) = task.mm().and_then(|mm| mm.lock_vma_under_rcu(address)) else { return Ok(()) };
         let (right, write) = match want {
             Want::Write => (flags::WRITE, bindings::fault_flag_FAULT_FLAG_WRITE),
             Want::Read | Want::ReadMaybeWrite => (flags::READ, 0),
         };
         if area.flags() & (right | flags::IO | flags::PFNMAP) != right {
-            return;
+            return Ok(());
         }
         let how = write
             | bindings::fault_flag_FAULT_FLAG_VMA_LOCK
             | bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY
-            | bindings::fault_flag_FAULT_FLAG_KILLABLE;
+            | bindings::fault_flag_FAULT_FLAG_KILLABLE
+            | bindings::fault_flag_FAULT_FLAG_INTERRUPTIBLE;
         // SAFETY: the area is of the current address space and locked, and the access is one that it allows. No registers: it is not a
         // fault of an instruction.
         let outcome = unsafe { bindings::handle_mm_fault(area.as_ptr(), address, how, ptr::null_mut()) };
         if outcome & (bindings::vm_fault_reason_VM_FAULT_RETRY | bindings::vm_fault_reason_VM_FAULT_COMPLETED) != 0 {
             // The lock was let go on the way.
             core::mem::forget(area);
+            if outcome & bindings::vm_fault_reason_VM_FAULT_RETRY != 0 && super::task::signal_pending() {
+                return Err(EINTR);
+            }
         }
+        Ok(())
     }
 
     /// The page at `hva` if it is present with the wanted rights. Never sleeps; works with interrupts off.

@@ -13,7 +13,7 @@ use crate::{
         KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
     },
     glue::eventfd::{EventFd, Irqfd, IrqfdTarget},
-    irq::{Controllers, Irq},
+    irq::{Controllers, Drive, Irq},
     irqchip::{
         routing::{self, Target, MAX_ROUTES},
         LineSource,
@@ -55,10 +55,9 @@ impl IrqfdTarget for IrqfdLine {
     fn signaled(&self) {
         if self.resample {
             // Stays high until it is acknowledged.
-            self.controllers.set_gsi(self.gsi, LineSource::Resampler, true);
+            self.controllers.set_gsi(self.gsi, LineSource::Resampler, Drive::High);
         } else {
-            self.controllers.set_gsi(self.gsi, LineSource::User, true);
-            self.controllers.set_gsi(self.gsi, LineSource::User, false);
+            self.controllers.set_gsi(self.gsi, LineSource::User, Drive::Pulse);
         }
     }
 }
@@ -104,6 +103,10 @@ impl Irq {
             return Ok(());
         }
         self.need(EINVAL)?;
+        if resample && !self.has_pic() {
+            // With the split irqchip nobody here sees what becomes of a line.
+            return Err(EINVAL);
+        }
         irqfds.reserve(1, GFP_KERNEL_ACCOUNT)?;
         let line = IrqfdLine { controllers: self.controllers.clone(), gsi: request.gsi, resample };
         let irqfd = Irqfd::new(fd, line)?;
@@ -141,8 +144,8 @@ impl Irq {
         Ok(())
     }
 
-    /// Tells the I/O APIC which of its pins are resampled.
-    fn tell_resampling(&self) {
+    /// Tells the I/O APIC which of its pins are resampled. The caller has `irqfds` locked, so that the last one to tell knows all.
+    pub(crate) fn tell_resampling(&self) {
         let mut pins = 0;
         let resamplers = self.controllers.resamplers.read();
         let routes = self.controllers.routes.read();

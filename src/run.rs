@@ -61,6 +61,7 @@ impl<V: Vendor> Drop for Session<'_, V> {
     fn drop(&mut self) {
         if self.begun {
             self.state.hw.end_window();
+            self.state.take_back();
         }
     }
 }
@@ -254,6 +255,7 @@ impl<V: Vendor> Vcpu<V> {
                 continue;
             }
             core.state.fill_shared_word(&self.vm);
+            core.state.choose_delivery(&self.vm);
             let ended = self.run_guest(core);
             core.state.take_shared_word(&self.vm);
             let reason = match ended {
@@ -285,14 +287,24 @@ impl<V: Vendor> Vcpu<V> {
             core.state.update_clock(&self.vm);
         }
         core.state.unhalted |= requests & request::UNHALT != 0;
+        if requests & request::LOG_WRITES != 0 {
+            core.state.hw.log_writes(self.vm.peers.logs_writes());
+        }
         if requests & request::MSR_FILTER != 0 {
             core.state.update_msr_filter(&self.vm);
+        }
+        if requests & request::EOI_LISTENERS != 0 {
+            core.state.hw.set_eoi_listeners(&self.vm.irq.eoi_listeners());
         }
     }
 
     /// Sleeps until there is something for a vCPU that does not run.
     fn block(&self, core: &mut Core<V>) -> Result {
         let state = &mut core.state;
+        if state.pic_signal {
+            // It may have been taken back, and then there is nothing to wake up for.
+            state.pic_signal = self.vm.irq.pic_output();
+        }
         if state.wakes_up() {
             state.mp_state = MpState::Runnable;
             state.unhalted = false;
@@ -350,15 +362,21 @@ impl<V: Vendor> Vcpu<V> {
                 if user_window && state.takes_user_interrupt() {
                     return Slow::InterruptWindow;
                 }
-                state.prepare_entry(&self.vm, user_window, &irqs);
+                let asked_pic = state.prepare_entry(self, user_window, &irqs);
                 if state.events.triple_fault {
                     return Slow::Work;
+                }
+                if asked_pic && in_guest.must_leave() {
+                    // Taking the interrupt brought the next one: a kick by this very thread, for which nothing was sent. What goes in is
+                    // on its way, and the exit follows at once.
+                    cpu::interrupt_self(&irqs);
                 }
                 trace::entry(self.peer.id, state.regs.rip);
                 state.debug.before_entry(&mut state.regs.rflags);
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
                 state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
+                state.take_written(&self.vm, &irqs);
                 drop(in_guest);
                 trace::exit(self.peer.id, state.regs.rip, exit.number());
                 self.peer.stats.exit(&exit);
@@ -405,6 +423,13 @@ impl<V: Vendor> State<V> {
             }
         }
         self.hw.set_pdptes(entries);
+    }
+
+    /// Puts the pages that hardware noted as written into the dirty log.
+    #[inline]
+    fn take_written(&mut self, vm: &crate::vm::Vm<V>, irqs: &IrqsOff) {
+        let mut view = None;
+        self.hw.take_written(irqs, |gpa| view.get_or_insert_with(|| vm.memory.view(false)).written(gpa));
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.
@@ -481,9 +506,11 @@ impl<V: Vendor> State<V> {
                 || self.interrupt_waits() && self.regs.rflags & rflags::IF != 0)
     }
 
-    /// Puts what goes into the guest with this entry where hardware finds it.
+    /// Puts what goes into the guest with this entry where hardware finds it. Whether the PIC was asked for it, which may have kicked
+    /// this very vCPU.
     #[inline]
-    fn prepare_entry(&mut self, vm: &crate::vm::Vm<V>, user_window: bool, irqs: &IrqsOff) {
+    fn prepare_entry(&mut self, vcpu: &Vcpu<V>, user_window: bool, irqs: &IrqsOff) -> bool {
+        self.hand_over(irqs);
         if let Some(lapic) = &self.lapic {
             if lapic.cr8() != self.cr8 {
                 self.cr8 = lapic.cr8();
@@ -494,23 +521,25 @@ impl<V: Vendor> State<V> {
         let held_back = self.held_back_by_tpr();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
-            return;
+            return false;
         }
-        self.prepare_events(vm, waits, user_window, irqs);
+        self.prepare_events(vcpu, waits, user_window, irqs)
     }
 
     #[inline(never)]
-    fn prepare_events(&mut self, vm: &crate::vm::Vm<V>, waits: bool, user_window: bool, irqs: &IrqsOff) {
+    fn prepare_events(&mut self, vcpu: &Vcpu<V>, waits: bool, user_window: bool, irqs: &IrqsOff) -> bool {
         self.shadow_step = false;
         self.await_deadline();
         let readiness = self.readiness();
         let blocked = self.debug.blocks_interrupts();
+        let mut asked_pic = false;
         let Self { events, lapic, user_interrupt, pic_signal, .. } = self;
         let nmis = if blocked { core::mem::take(&mut events.nmis) } else { 0 };
         let entry = events.next(readiness, waits, || match lapic {
             Some(lapic) if *pic_signal && lapic.accepts_pic() => {
                 *pic_signal = false;
-                vm.irq.acknowledge_pic()
+                asked_pic = true;
+                vcpu.vm.irq.acknowledge_pic()
             }
             Some(lapic) if user_interrupt.is_some() && lapic.accepts_pic() => user_interrupt.take(),
             Some(lapic) => {
@@ -522,31 +551,26 @@ impl<V: Vendor> State<V> {
         });
         events.nmis = events.nmis.saturating_add(nmis);
         if let Some(event) = entry.inject {
-            let peer = vm.peers.get(self.index);
-            let stats = peer.map(|peer| &peer.stats);
             let (kind, vector) = match event {
                 Event::Interrupt(vector) => (0, vector),
                 Event::Nmi => (1, vector::NMI),
                 Event::Exception(exception) => (2, exception.vector),
                 Event::Software { vector, .. } => (2, vector),
             };
-            trace::inject(peer.map_or(0, |peer| peer.id), kind, vector);
+            trace::inject(vcpu.peer.id, kind, vector);
             match event {
                 Event::Nmi => {
                     // To learn when the handler ends.
                     self.hw.want_nmi_window(true);
-                    stats.inspect(|stats| stats.count(VcpuStat::NmiInjections));
+                    vcpu.peer.stats.count(VcpuStat::NmiInjections);
                 }
-                Event::Interrupt(_) => {
-                    stats.inspect(|stats| stats.count(VcpuStat::IrqInjections));
-                }
+                Event::Interrupt(_) => vcpu.peer.stats.count(VcpuStat::IrqInjections),
                 _ => {}
             }
             self.hw.inject(event);
         }
-        // Another one may wait behind the one that goes in now.
-        let mut more =
-            entry.interrupt_window || user_window || entry.inject.is_some() && !blocked && self.interrupt_waits();
+        // Another one may wait behind the one that goes in now, or behind a signal of the 8259A that was taken back.
+        let mut more = entry.interrupt_window || user_window || !blocked && self.interrupt_waits();
         if entry.nmi_window && !self.events.nmi_masked {
             if V::Vcpu::NMI_WINDOW {
                 self.hw.want_nmi_window(true);
@@ -565,6 +589,7 @@ impl<V: Vendor> State<V> {
         self.hw.want_interrupt_window(more);
         self.hw.want_cr8_writes(held_back);
         self.windows_open = more || held_back;
+        asked_pic
     }
 
     /// What an exit leaves behind, whatever its reason.

@@ -502,6 +502,8 @@ impl VendorVcpu for SvmVcpu {
         self.vmcb.control.intercept_exceptions = EXCEPTIONS | more;
     }
 
+    fn set_user_steps(&mut self, _: bool) {}
+
     fn want_all_msrs(&mut self, wanted: bool) {
         let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
         self.vmcb.control.msrpm_base = map.address().0;

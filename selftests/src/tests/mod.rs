@@ -4,9 +4,13 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod apicv;
 pub mod client;
 pub mod debug;
+pub mod dirty_log;
+pub mod eventfds;
 pub mod exceptions;
+pub mod faults;
 pub mod host_state;
 pub mod irqchip;
 pub mod lapic;
@@ -30,8 +34,12 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    dirty_log::GROUP,
+    faults::GROUP,
     lapic::GROUP,
+    apicv::GROUP,
     irqchip::GROUP,
+    eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
     random_state::GROUP,

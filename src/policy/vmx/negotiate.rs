@@ -187,13 +187,15 @@ impl fmt::Display for Refusal {
 pub struct Options {
     /// Interrupt delivery by hardware.
     pub apicv: bool,
+    /// Page-modification logging.
+    pub pml: bool,
     /// Accessed and dirty bits of EPT entries.
     pub accessed_dirty: bool,
 }
 
 impl Options {
     /// Everything that the CPU has.
-    pub const ALL: Self = Self { apicv: true, accessed_dirty: true };
+    pub const ALL: Self = Self { apicv: true, pml: true, accessed_dirty: true };
 }
 
 /// The control words that a new virtual CPU starts with. What comes and goes (windows, APICv, PML, ...) is off.
@@ -419,7 +421,7 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         posted_interrupts: virtual_interrupts
             && msrs.may(Word::Pin, pin::POSTED_INTERRUPTS)
             && msrs.may(Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),
-        pml: may_secondary(secondary::PML),
+        pml: options.pml && options.accessed_dirty && may_secondary(secondary::PML) && ept(ept_vpid::ACCESSED_DIRTY),
         tsc_scaling: may_secondary(secondary::TSC_SCALING),
         perf_global_ctrl: msrs.may(Word::Entry, entry::LOAD_PERF_GLOBAL_CTRL)
             && msrs.may(Word::Exit, exit::LOAD_PERF_GLOBAL_CTRL)

@@ -18,6 +18,7 @@ use crate::arch::{
     },
 };
 
+
 fn config(cpu: &Cpu) -> Config {
     negotiate(&cpu.msrs, Options::ALL).unwrap_or_else(|refusal| panic!("{}: {refusal}", cpu.name))
 }
@@ -113,17 +114,18 @@ fn accessed_and_dirty_bits_came_with_haswell() {
 }
 
 #[test]
-fn the_administrator_turns_apicv_off() {
+fn the_administrator_turns_features_off() {
     for cpu in &GOOD {
-        let features = negotiate(&cpu.msrs, Options { apicv: false, ..Options::ALL }).unwrap().features;
+        let features = negotiate(&cpu.msrs, Options { apicv: false, pml: false, ..Options::ALL }).unwrap().features;
         let off = [
             features.apic_access,
             features.apic_registers,
             features.virtual_interrupts,
             features.x2apic_mode,
             features.posted_interrupts,
+            features.pml,
         ];
-        assert_eq!(off, [false; 5], "{}", cpu.name);
+        assert_eq!(off, [false; 6], "{}", cpu.name);
         assert!(features.tpr_shadow);
     }
 }
@@ -345,7 +347,8 @@ fn random_capabilities_are_refused_or_legal() {
                 *msr ^= 1 << (next() & 63);
             }
         }
-        match negotiate(&msrs, Options { apicv: next() & 1 != 0, ..Options::ALL }) {
+        let options = Options { apicv: next() & 1 != 0, pml: next() & 1 != 0, accessed_dirty: next() & 1 != 0 };
+        match negotiate(&msrs, options) {
             Ok(config) => {
                 good += 1;
                 assert!(Basic(msrs.basic).true_controls(), "without them CR3 exits are forced");
