@@ -328,7 +328,7 @@ impl<V: Vendor> State<V> {
                 }
             }
             Exit::Hypercall => self.handle_hypercall(vm, false),
-            Exit::InterruptWindow => Ok(()),
+            Exit::InterruptWindow | Exit::WriteLogFull => Ok(()),
             Exit::NmiWindow => {
                 self.hw.want_nmi_window(false);
                 self.events.nmi_masked = false;
@@ -342,6 +342,14 @@ impl<V: Vendor> State<V> {
                     self.regs.rflags |= rflags::TF | rflags::RF;
                     self.stepping = true;
                 }
+                Ok(())
+            }
+            Exit::ApicWrite { offset, value } => {
+                self.handle_apic_write(vm, *offset, *value);
+                Ok(())
+            }
+            Exit::EndOfInterrupt { vector } => {
+                self.handle_end_of_interrupt(vm, *vector);
                 Ok(())
             }
             Exit::Invd => self.skip(vm, Intercepted::Invd, false),

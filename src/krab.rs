@@ -23,6 +23,7 @@ mod mmu;
 #[allow(dead_code, unused_imports)]
 mod policy;
 
+mod apic;
 mod clock;
 mod coalesced;
 mod debug;
@@ -52,6 +53,7 @@ use glue::{
     debugfs,
     fd::{CharDevice, Node},
 };
+use policy::vmx::Options as VmxOptions;
 use svm::Svm;
 use vendor::Vendor;
 use vmx::Vmx;
@@ -66,6 +68,18 @@ module! {
         kvm_node: u8 {
             default: 0,
             description: "1: serve /dev/kvm, too, where KVM is not loaded",
+        },
+        ept_ad: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not mark pages of guests as accessed and dirty",
+        },
+        pml: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not log the pages that guests write",
+        },
+        apicv: u8 {
+            default: 1,
+            description: "0: deliver guests' interrupts by software on Intel, too",
         },
     },
 }
@@ -101,6 +115,15 @@ impl<V: Vendor> Registered<V> {
     }
 }
 
+/// What the parameters allow on Intel.
+fn vmx_options() -> VmxOptions {
+    VmxOptions {
+        apicv: *module_parameters::apicv.value() != 0,
+        pml: *module_parameters::pml.value() != 0,
+        accessed_dirty: *module_parameters::ept_ad.value() != 0,
+    }
+}
+
 struct Krab {
     _devices: Devices,
     _debugfs: debugfs::Root<vcpu::Peers>,
@@ -114,7 +137,7 @@ impl kernel::Module for Krab {
         let devices = match CpuVendor::from_leaf_0(glue::cpu::cpuid(0, 0)) {
             CpuVendor::Amd => Devices::Amd(Registered::new(Svm::probe()?, as_kvm)?),
             // Intel, and who builds after it: Centaur, Zhaoxin.
-            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe()?, as_kvm)?),
+            CpuVendor::Intel | CpuVendor::Other => Devices::Intel(Registered::new(Vmx::probe(vmx_options())?, as_kvm)?),
         };
         Ok(Self { _devices: devices, _debugfs: debugfs })
     }

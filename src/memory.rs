@@ -4,7 +4,7 @@
 //! Nothing is pinned: pages come from the address space when the guest touches them, and its MMU notifier takes them back.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
 
 use kernel::{
     new_mutex, new_spinlock,
@@ -18,16 +18,18 @@ use crate::{
     glue::{
         error,
         guest_mem::{AddressSpace, Invalidate, Want},
+        phys::{Bytes, PhysBox},
         signal,
         srcu::{SrcuCell, SrcuGuard},
         tables::{TablePages, TableStock},
         task, user,
     },
     guest::exit::NestedFault,
+    irqchip::lapic::regs::BASE_DEFAULT,
     mmu::{
         dirty,
         guest_mem::{GuestMem, Refused},
-        nested::{MapError, NestedTable, TABLES_PER_MAP},
+        nested::{Catch, MapError, NestedTable, TABLES_PER_MAP},
         slots::{self, flags, Change, SlotError},
         Format, MemoryType, Prot,
     },
@@ -47,8 +49,12 @@ const USER_END: Hva = Hva((1 << 47) - 4096);
 /// Pages or tables removed in one go before others get the lock.
 const BUDGET: usize = 512;
 
-/// Pages write-protected in one go.
-const PROTECT_PAGES: u64 = 1 << 16;
+/// Pages whose next write is caught, in one go.
+const CATCH_PAGES: u64 = 1 << 16;
+
+/// The local APICs' window.
+const APIC_FRAME: Gfn = Gfn(BASE_DEFAULT >> 12);
+
 /// Neighbours looked up with a page that faults: what is present gets mapped at once.
 const AROUND: usize = 15;
 
@@ -78,6 +84,8 @@ pub(crate) struct Mapped<F: Format + 'static> {
     #[pin]
     nested: SpinLock<Nested<F>>,
     peers: Arc<Peers>,
+    /// Hardware marks the pages that it uses. Where it does not, one that is mapped was used, and is unmapped to see whether it is used again.
+    accessed: bool,
 }
 
 /// What hardware's nested tables can be.
@@ -85,7 +93,10 @@ pub(crate) struct Mapped<F: Format + 'static> {
 pub(crate) struct NestedLimits {
     levels: u8,
     largest: Level,
+    accessed: bool,
     no_large_execute: bool,
+    catch: Catch,
+    apic_page: bool,
 }
 
 impl NestedLimits {
@@ -93,7 +104,10 @@ impl NestedLimits {
         Self {
             levels: hardware.nested_levels(),
             largest: hardware.nested_largest(),
+            accessed: hardware.nested_accessed(),
             no_large_execute: hardware.no_large_execute(),
+            catch: if hardware.write_log_entries() > 0 { Catch::Log } else { Catch::Fault },
+            apic_page: hardware.has_apic_page(),
         }
     }
 }
@@ -109,15 +123,31 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     root: Hpa,
     /// The largest page that is mapped.
     largest: Level,
+    /// How the dirty log learns of writes.
+    catch: Catch,
+    /// What the guest has at [`APIC_FRAME`] where its CPUs know that page.
+    apic_page: Option<PhysBox<Bytes<4096>>>,
+    /// One of [`apic_page`].
+    apic_page_state: AtomicU8,
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not write-protect, KVM_CLEAR_DIRTY_LOG does.
     manual_protect: AtomicBool,
     /// A new log begins with every page dirty.
     initially_dirty: AtomicBool,
 }
 
+/// Whether the page for the local APICs' window is mapped.
+mod apic_page {
+    /// Not yet: the first access maps it.
+    pub(super) const AWAITED: u8 = 0;
+    pub(super) const MAPPED: u8 = 1;
+    /// A vCPU has its APIC elsewhere or in another mode, and would find memory there. It stays like this: such a guest does without.
+    pub(super) const FORBIDDEN: u8 = 2;
+}
+
 impl<F: Format + 'static> Mapped<F> {
-    /// Unmaps `count` frames from `start` and waits until no CPU uses them.
-    fn unmap(&self, start: Gfn, count: u64) {
+    /// Unmaps `count` frames from `start` and waits until no CPU uses them. Returns whether one was mapped.
+    fn unmap(&self, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
         let mut next = Some(start);
         let end = start.0.saturating_add(count);
         while let Some(from) = next {
@@ -131,8 +161,10 @@ impl<F: Format + 'static> Mapped<F> {
             }
             // Hardware has let go of the tables now.
             drop(retired);
+            mapped |= progress.flush;
             next = progress.next;
         }
+        mapped
     }
 
     /// Calls `f` with the frames of every slot that lie in the range of host addresses.
@@ -147,11 +179,18 @@ impl<F: Format + 'static> Mapped<F> {
 
 impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
     fn invalidate(&self, start: Hva, end: Hva, _may_block: bool) {
-        self.for_each_range(start, end, |first, count| self.unmap(first, count));
+        self.for_each_range(start, end, |first, count| {
+            self.unmap(first, count);
+        });
     }
 
     fn clear_young(&self, start: Hva, end: Hva, flush: bool) -> bool {
         let mut young = false;
+        if !self.accessed {
+            // With a flush also where none is asked for: nothing remembers that one is owed.
+            self.for_each_range(start, end, |first, count| young |= self.unmap(first, count));
+            return young;
+        }
         self.for_each_range(start, end, |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
@@ -168,7 +207,10 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
         self.for_each_range(at, at.wrapping_add(1), |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
-            young |= table.test_accessed(pages, first, count);
+            young |= match self.accessed {
+                true => table.test_accessed(pages, first, count),
+                false => table.maps_any(pages, first, count),
+            };
         });
         young
     }
@@ -195,10 +237,14 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     slots <- SrcuCell::new(Slots::new())?,
                     nested <- new_spinlock!(nested),
                     peers,
+                    accessed: limits.accessed,
                 })),
                 update <- new_mutex!(()),
                 root,
                 largest: limits.largest,
+                catch: limits.catch,
+                apic_page: if limits.apic_page { Some(PhysBox::new()?) } else { None },
+                apic_page_state: apic_page::AWAITED.into(),
                 manual_protect: false.into(),
                 initially_dirty: false.into(),
             }? Error))
@@ -208,6 +254,63 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     /// Root of the nested table.
     pub(crate) fn root(&self) -> Hpa {
         self.root
+    }
+
+    /// The page for the local APICs' window, where the CPUs have a use for it.
+    pub(crate) fn apic_page(&self) -> Option<Hpa> {
+        self.apic_page.as_ref().map(PhysBox::address)
+    }
+
+    /// Some vCPU does not have its APIC's window at that page: nobody gets the page from now on. May sleep.
+    #[inline]
+    pub(crate) fn forbid_apic_page(&self) {
+        if self.apic_page.is_some() && self.apic_page_state.load(Relaxed) != apic_page::FORBIDDEN {
+            self.unmap_apic_page();
+        }
+    }
+
+    #[cold]
+    fn unmap_apic_page(&self) {
+        let nested = self.space.nested.lock();
+        self.apic_page_state.store(apic_page::FORBIDDEN, Relaxed);
+        drop(nested);
+        self.space.unmap(APIC_FRAME, 1);
+    }
+
+    /// A fault where there is no slot: a device, unless it is the first at the local APICs' window, and the vCPU has that at its page: all
+    /// have, or they would have forbidden it.
+    #[inline]
+    fn device_fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
+        match &self.apic_page {
+            Some(page) if fault.gpa.gfn() == APIC_FRAME && !fault.execute => {
+                self.map_apic_page(page.address(), may_sleep)
+            }
+            _ => Ok(Fault::Mmio),
+        }
+    }
+
+    #[cold]
+    fn map_apic_page(&self, page: Hpa, may_sleep: bool) -> Result<Fault> {
+        if self.apic_page_state.load(Relaxed) != apic_page::AWAITED {
+            return Ok(Fault::Mmio);
+        }
+        let stock = if may_sleep { Some(TableStock::allocate(TABLES_PER_MAP)?) } else { None };
+        let mut nested = self.space.nested.lock();
+        let Nested { table, pages } = &mut *nested;
+        if let Some(stock) = stock {
+            pages.refill(stock);
+        }
+        if pages.short_of(TABLES_PER_MAP) > 0 {
+            return Ok(Fault::Sleep);
+        }
+        if self.apic_page_state.load(Relaxed) != apic_page::AWAITED {
+            return Ok(Fault::Mmio);
+        }
+        let memory_type = MemoryType::WriteBack;
+        let prot = Prot { write: true, execute: false, accessed: true, dirty: true, memory_type };
+        table.map(pages, APIC_FRAME, page, Level::Page4K, prot).map_err(|_| EFAULT)?;
+        self.apic_page_state.store(apic_page::MAPPED, Relaxed);
+        Ok(Fault::Mapped)
     }
 
     /// Whether the caller runs in the VM's address space. Only then may the VM be used.
@@ -256,21 +359,33 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 (None, Some(slot.clone()))
             }
         };
+        let hardware_logs = self.catch == Catch::Log && new.iter().any(Slot::logs_dirty);
+        if hardware_logs {
+            // Before a fault maps a page of a slot with a log for writing.
+            self.space.peers.log_writes(true);
+        }
         // No fault handler knows the old slots after this, so none maps anything of them after the unmapping.
+        let hides_apics = slots::find(&new, APIC_FRAME, 0).is_some();
         self.space.slots.replace(new)?;
+        if !hardware_logs {
+            self.space.peers.log_writes(false);
+        }
+        if hides_apics {
+            self.forbid_apic_page();
+        }
         if let Some(slot) = gone {
             self.space.unmap(slot.base, slot.pages);
         }
-        // With all pages dirty from the start it is KVM_CLEAR_DIRTY_LOG that protects them.
+        // With all pages dirty from the start it is KVM_CLEAR_DIRTY_LOG that has their next writes caught.
         if let Some(slot) = changed.filter(|slot| slot.logs_dirty() && !self.initially_dirty.load(Relaxed)) {
             // In parts, so that faults of other slots get in between.
             let mut flush = false;
             let mut done = 0;
             while done < slot.pages {
-                let part = PROTECT_PAGES.min(slot.pages - done);
+                let part = CATCH_PAGES.min(slot.pages - done);
                 let mut nested = self.space.nested.lock();
                 let Nested { table, pages } = &mut *nested;
-                flush |= table.write_protect_range(pages, Gfn(slot.base.0.wrapping_add(done)), part);
+                flush |= table.catch_writes_in_range(pages, Gfn(slot.base.0.wrapping_add(done)), part, self.catch);
                 done = done.wrapping_add(part);
             }
             if flush {
@@ -290,6 +405,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         let (slot, words) = logged(&slots, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
         let manual = self.manual_protect.load(Relaxed);
+        self.collect_written();
         let mut flush = false;
         let mut out = [0u64; 64];
         let mut first = 0;
@@ -303,7 +419,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 log.copy(first as u64, chunk);
             } else {
                 log.take(first as u64, chunk, |page, mask| {
-                    flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
+                    flush |= table.catch_writes(pages, Gfn(slot.base.0.wrapping_add(page)), mask, self.catch);
                 });
             }
             drop(nested);
@@ -326,6 +442,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         let (slot, words) = logged(&slots, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
         let count = dirty::check_clear(slot.pages, request.first_page, request.num_pages).map_err(|_| EINVAL)?;
+        self.collect_written();
         let mut flush = false;
         let mut bits = [0u64; 64];
         let mut done = 0;
@@ -337,7 +454,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let mut nested = self.space.nested.lock();
                 let Nested { table, pages } = &mut *nested;
                 log.clear(request.first_page.wrapping_add(done.wrapping_mul(64)), chunk, |page, mask| {
-                    flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
+                    flush |= table.catch_writes(pages, Gfn(slot.base.0.wrapping_add(page)), mask, self.catch);
                 });
             }
             done = done.wrapping_add(64);
@@ -346,6 +463,13 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             self.space.peers.flush_tlbs();
         }
         read
+    }
+
+    /// Brings what hardware has noted into the logs.
+    fn collect_written(&self) {
+        if self.catch == Catch::Log {
+            self.space.peers.collect_written();
+        }
     }
 
     /// KVM_RESET_DIRTY_RINGS: frees the entries that userspace is done with, and catches the next write to each of their pages.
@@ -364,7 +488,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 if let Some(slot) = slot.filter(|slot| page < slot.pages) {
                     let mut nested = self.space.nested.lock();
                     let Nested { table, pages } = &mut *nested;
-                    table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), 1);
+                    table.catch_writes(pages, Gfn(slot.base.0.wrapping_add(page)), 1, self.catch);
                 }
             };
             count = count.wrapping_add(ring.collect(protect));
@@ -404,7 +528,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     pub(crate) fn fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
         let slots = self.space.slots.read();
         let gfn = fault.gpa.gfn();
-        let Some(slot) = slots::find(&slots, gfn, 0).and_then(|at| slots.get(at)) else { return Ok(Fault::Mmio) };
+        let Some(slot) = slots::find(&slots, gfn, 0).and_then(|at| slots.get(at)) else {
+            return self.device_fault(fault, may_sleep);
+        };
         let Some(hva) = slot.hva_of(gfn) else { return Ok(Fault::Mmio) };
         if fault.write && !slot.writable() {
             return Ok(Fault::Mmio);
@@ -432,7 +558,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     None => return Ok(Fault::Sleep),
                 }
             };
-            let writable = slot.writable() && page.writable() && (fault.write || !slot.logs_dirty());
+            // Write permission goes unnoticed where writes do not.
+            let unlogged = !slot.logs_dirty() || self.catch == Catch::Log;
+            let writable = slot.writable() && page.writable() && (fault.write || unlogged);
             let memory_type = if page.is_memory() { MemoryType::WriteBack } else { MemoryType::Uncached };
             let prot = Prot { write: writable, execute: true, accessed: true, dirty: fault.write, memory_type };
             let limit =
@@ -466,7 +594,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
                 let addresses = run.addresses();
                 let neighbours = addresses.get(..addresses.len().min(inside)).unwrap_or(&[]);
-                let prot = Prot { accessed: false, dirty: false, write: writable && !slot.logs_dirty(), ..prot };
+                let prot = Prot { accessed: false, dirty: false, write: writable && unlogged, ..prot };
                 // Neighbours are a favour: without tables for them they wait for their own fault.
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
             }
@@ -552,6 +680,13 @@ impl View<'_> {
         }
         let page = slot.hva_of(gpa.gfn()).ok_or(Refused::NotRam)?;
         Ok((slot, page.wrapping_add(gpa.page_offset())))
+    }
+
+    /// The guest wrote to the page of `gpa`.
+    pub(crate) fn written(&self, gpa: Gpa) {
+        if let Some(slot) = slots::find(&self.slots, gpa.gfn(), 0).and_then(|at| self.slots.get(at)) {
+            mark_dirty(self.peers, slot, gpa.gfn());
+        }
     }
 
     /// What a failed access to the host's memory means.

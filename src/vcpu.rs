@@ -2,7 +2,7 @@
 //! Virtual CPUs: what others see of one, what its own thread works on, and its file descriptor.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use kernel::{
     prelude::*,
@@ -20,6 +20,7 @@ use crate::{
         },
         vm::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_X86_QUIRK_STUFF_FEATURE_MSRS},
     },
+    apic::CpuDelivery,
     arch::{
         cr::rflags,
         segment::{Segment, SegmentName},
@@ -67,6 +68,10 @@ pub(crate) mod request {
     pub(crate) const MSR_FILTER: u64 = 1 << 3;
     /// Another CPU of the guest wakes this one, without an interrupt.
     pub(crate) const UNHALT: u64 = 1 << 4;
+    /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
+    pub(crate) const LOG_WRITES: u64 = 1 << 6;
+    /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
+    pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
 }
 
 /// What other threads see of a vCPU.
@@ -90,6 +95,8 @@ pub(crate) struct Peers {
     pub(crate) stats: VmStats,
     /// Entries of each vCPU's dirty ring; 0: dirty bitmaps.
     ring_entries: AtomicU32,
+    /// Some slot has a dirty log that hardware fills.
+    logs_writes: AtomicBool,
 }
 
 impl Peers {
@@ -101,7 +108,14 @@ impl Peers {
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
         Ok(Arc::new(
-            Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new(), ring_entries: AtomicU32::new(0) },
+            Self {
+                peers,
+                cards,
+                count: AtomicUsize::new(0),
+                stats: VmStats::new(),
+                ring_entries: AtomicU32::new(0),
+                logs_writes: AtomicBool::new(false),
+            },
             GFP_KERNEL_ACCOUNT,
         )?)
     }
@@ -152,6 +166,23 @@ impl Peers {
     /// Wants dirty rings. The caller keeps others from adding vCPUs at the same time.
     pub(crate) fn set_ring_entries(&self, entries: u32) {
         self.ring_entries.store(entries, Ordering::Relaxed);
+    }
+
+    pub(crate) fn logs_writes(&self) -> bool {
+        self.logs_writes.load(Ordering::Relaxed)
+    }
+
+    /// Hardware is to note the pages that guests write, or not any more. On return none writes that does not know.
+    pub(crate) fn log_writes(&self, on: bool) {
+        // A full barrier: a vCPU that is missing among the peers looks at this before it runs.
+        if self.logs_writes.swap(on, Ordering::SeqCst) != on {
+            KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::LOG_WRITES);
+        }
+    }
+
+    /// Waits until every page that a guest has written so far, and hardware has noted, is in its log.
+    pub(crate) fn collect_written(&self) {
+        KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), 0);
     }
 
     /// A page was written: into the ring of the vCPU that this thread runs. What others write goes where there is most room.
@@ -267,9 +298,7 @@ pub(crate) enum Pending {
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead {
-        len: u8,
-    },
+    MmioRead,
     /// The emulator has more to do.
     Emulation,
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
@@ -302,6 +331,7 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
     pub(crate) pic_signal: bool,
+    pub(crate) delivery: CpuDelivery,
     /// CR8 as hardware last had it.
     pub(crate) cr8: u8,
     /// Where the IRET of an NMI handler is: NMIs are masked until the guest is past it.
@@ -375,15 +405,20 @@ impl<V: Vendor> Vcpu<V> {
                 stats: VcpuStats::new(),
                 ring: match vm.peers.ring_entries() {
                     0 => None,
-                    entries => Some(DirtyRing::new(entries)?),
+                    entries => Some(DirtyRing::new(entries, vm.host.owner.hardware().write_log_entries())?),
                 },
                 runner: AtomicUsize::new(0),
             },
             GFP_KERNEL_ACCOUNT,
         )?;
+        peer.kick.post_quietly(request::LOG_WRITES);
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
+        if let Some(page) = vm.memory.apic_page() {
+            hw.set_apic_page(page);
+        }
+        peer.kick.post_quietly(request::EOI_LISTENERS);
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
@@ -417,6 +452,7 @@ impl<V: Vendor> Vcpu<V> {
             unhalted: false,
             user_interrupt: None,
             pic_signal: false,
+            delivery: CpuDelivery::default(),
             cr8: 0,
             nmi_return: None,
             stepping: false,
@@ -510,6 +546,7 @@ impl<V: Vendor> State<V> {
         self.pic_signal = false;
         self.msrs.init();
         self.clock.reset();
+        self.forget_handed_over();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;
@@ -554,6 +591,12 @@ impl<V: Vendor> State<V> {
             Some(LocalSignal::ExtInt) => self.pic_signal = vm.irq.pic_output(),
             _ => {}
         }
+    }
+
+    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
+    #[inline]
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadline_tsc.is_some()
     }
 
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.

@@ -4,8 +4,10 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod apicv;
 pub mod client;
 pub mod debug;
+pub mod dirty_log;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -15,6 +17,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod random_state;
 pub mod real_mode;
 pub mod safety;
 pub mod state;
@@ -32,12 +35,15 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
+    apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    random_state::GROUP,
     vmms::GROUP,
     stress::GROUP,
     safety::GROUP,
