@@ -145,6 +145,14 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Takes back to `lapic` what the CPU has.
     fn take_back(&mut self, _lapic: &mut Lapic) {}
 
+    /// Whether the CPU cannot run the guest in the state that it is in, so that software has to.
+    #[inline]
+    fn needs_software(&self, _regs: &Regs) -> bool {
+        false
+    }
+    /// Software runs the guest: what the last exit told counts no more.
+    fn forget_exit(&mut self) {}
+
     /// Whether the page-directory-pointer entries at CR3 must be brought before the next `run`: the guest got PAE paging by other means than
     /// an instruction of its own, and the CPU keeps the four entries in registers.
     fn wants_pdptes(&self) -> bool;

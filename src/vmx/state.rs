@@ -28,7 +28,7 @@ use crate::{
     policy::vmx::{
         event::{fix_interruptibility, pending_debug_for},
         guest_state::Context,
-        pdpte,
+        pdpte, restricted,
     },
 };
 
@@ -357,6 +357,15 @@ impl GuestState {
         self.cr4 = regs.cr4;
         self.efer = regs.efer;
         self.changed(group::CR0 | group::CR4 | group::EFER);
+    }
+
+    /// Whether a CPU without unrestricted guests can run this one with its segments.
+    #[cold]
+    pub(super) fn segments_fit(&self, machine: &Machine, rflags: u64) -> bool {
+        let segments = core::array::from_fn(|number| self.segment(machine, number));
+        let stack = segments[SS].attributes;
+        let mode = Context::of(self.cr0, self.efer, rflags, stack, machine.host.linear_bits).mode;
+        restricted::segments_fit(mode, rflags, &segments)
     }
 
     /// RFLAGS differ in `bits` from what the guest left: what must fit them is written again.

@@ -36,7 +36,10 @@ use crate::{
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
-        vmx::event::{injection, interruptibility_for, Injection},
+        vmx::{
+            event::{injection, interruptibility_for, Injection},
+            restricted,
+        },
     },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
@@ -521,6 +524,17 @@ impl VendorVcpu for VmxVcpu {
 
     fn take_back(&mut self, lapic: &mut Lapic) {
         self.apic.take_back(lapic);
+    }
+
+    #[inline]
+    fn needs_software(&self, regs: &Regs) -> bool {
+        !self.machine.host.config.features.unrestricted_guest
+            && (!restricted::mode_fits(self.state.cr0)
+                || self.state.is_dirty() && !self.state.segments_fit(&self.machine, regs.rflags))
+    }
+
+    fn forget_exit(&mut self) {
+        self.next_rip = None;
     }
 
     #[inline]
