@@ -463,7 +463,7 @@ impl<V: Vendor> State<V> {
             _ => false,
         };
         if wanted && self.mode() == Mode::Long64 {
-            let paging = Paging { cr3: self.hw.cr3(), five_levels: self.hw.cr4() & cr4::LA57 != 0 };
+            let paging = Paging { cr3: self.hw.cr3(), five_levels: self.hw.cr4_bits(cr4::LA57) != 0 };
             self.code = self.code_cache.bytes::<V::NestedFormat>(paging, self.regs.rip, in_guest);
         }
     }

@@ -82,6 +82,13 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_cr3(&mut self, value: u64);
     fn cr4(&self) -> u64;
     fn set_cr4(&mut self, value: u64);
+    /// The bits `wanted` of CR4: cheaper than all of it.
+    #[inline]
+    fn cr4_bits(&self, wanted: u64) -> u64 {
+        self.cr4() & wanted
+    }
+    /// Which bits of CR4 the guest may set: it may change some of them without an exit.
+    fn set_cr4_allowed(&mut self, _allowed: u64) {}
     fn efer(&self) -> u64;
     fn cpl(&self) -> u8;
     fn dr6(&self) -> u64;
