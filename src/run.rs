@@ -198,11 +198,7 @@ impl<V: Vendor> Vcpu<V> {
                 return Ok(None);
             }
             Pending::EmulatedPortIn => core.emulator.complete_port_in(),
-            Pending::MmioRead { len } => {
-                let mut data = [0; 8];
-                self.run.copy_out(run::EXIT_UNION + 8, &mut data);
-                core.emulator.complete_read(data.get(..usize::from(len)).ok_or(EINVAL)?);
-            }
+            Pending::MmioRead => return self.answer_read(core, self.run.load(run::EXIT_UNION + 8)),
             Pending::Emulation => {}
             Pending::Msr { read, rip, next_rip } => {
                 let answer: ExitMsr = self.run.read(run::EXIT_UNION);
@@ -532,6 +528,11 @@ impl<V: Vendor> State<V> {
         let held_back = self.held_back_by_tpr();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
+            return false;
+        }
+        // Interrupts that wait for a guest which has them off, and hardware tells when that is over.
+        let parked = waits && !held_back && self.regs.rflags & rflags::IF == 0 && self.hw.has_interrupt_window();
+        if parked && self.events.is_empty() && !self.shadow_step && !user_window && !self.has_deadline() {
             return false;
         }
         self.prepare_events(vcpu, waits, user_window, irqs)

@@ -298,9 +298,7 @@ pub(crate) enum Pending {
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead {
-        len: u8,
-    },
+    MmioRead,
     /// The emulator has more to do.
     Emulation,
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
@@ -373,6 +371,8 @@ pub(crate) struct Core<V: Vendor> {
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
+    /// Frequency of the guest's TSC as userspace has it: the host's, or very near it.
+    pub(crate) tsc_khz: u32,
     /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
     pub(crate) sipi_vector: u8,
 }
@@ -483,6 +483,7 @@ impl<V: Vendor> Vcpu<V> {
             found: None,
             ran: false,
             signal_mask: None,
+            tsc_khz: timer::tsc_khz(),
             sipi_vector: 0,
         };
         Ok(Arc::pin_init(
@@ -590,6 +591,12 @@ impl<V: Vendor> State<V> {
             Some(LocalSignal::ExtInt) => self.pic_signal = vm.irq.pic_output(),
             _ => {}
         }
+    }
+
+    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
+    #[inline]
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadline_tsc.is_some()
     }
 
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.

@@ -114,6 +114,9 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_interrupt_shadow(&mut self, shadow: bool);
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt.
     fn want_interrupt_window(&mut self, wanted: bool);
+
+    /// Whether that is asked for.
+    fn has_interrupt_window(&self) -> bool;
     /// Asks for [`Exit::NmiWindow`] or [`Exit::NmiReturn`] when the guest leaves its NMI handler.
     fn want_nmi_window(&mut self, wanted: bool);
     /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.

@@ -478,6 +478,11 @@ impl VendorVcpu for SvmVcpu {
         }
     }
 
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.vmcb.control.int_ctl & int_ctl::V_IRQ != 0
+    }
+
     fn want_nmi_window(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
         if wanted {

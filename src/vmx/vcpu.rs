@@ -458,6 +458,11 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::INTERRUPT_WINDOW_EXITING, wanted);
     }
 
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.primary & primary::INTERRUPT_WINDOW_EXITING != 0
+    }
+
     fn want_nmi_window(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::NMI_WINDOW_EXITING, wanted);
     }
