@@ -20,6 +20,7 @@ use crate::{
         },
         vm::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_X86_QUIRK_STUFF_FEATURE_MSRS},
     },
+    apic::CpuDelivery,
     arch::{
         cr::rflags,
         segment::{Segment, SegmentName},
@@ -69,6 +70,8 @@ pub(crate) mod request {
     pub(crate) const UNHALT: u64 = 1 << 4;
     /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
     pub(crate) const LOG_WRITES: u64 = 1 << 6;
+    /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
+    pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
 }
 
 /// What other threads see of a vCPU.
@@ -295,9 +298,7 @@ pub(crate) enum Pending {
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead {
-        len: u8,
-    },
+    MmioRead,
     /// The emulator has more to do.
     Emulation,
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
@@ -330,6 +331,7 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
     pub(crate) pic_signal: bool,
+    pub(crate) delivery: CpuDelivery,
     /// CR8 as hardware last had it.
     pub(crate) cr8: u8,
     /// Where the IRET of an NMI handler is: NMIs are masked until the guest is past it.
@@ -369,6 +371,8 @@ pub(crate) struct Core<V: Vendor> {
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
+    /// Frequency of the guest's TSC as userspace has it: the host's, or very near it.
+    pub(crate) tsc_khz: u32,
     /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
     pub(crate) sipi_vector: u8,
 }
@@ -411,6 +415,10 @@ impl<V: Vendor> Vcpu<V> {
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
+        if let Some(page) = vm.memory.apic_page() {
+            hw.set_apic_page(page);
+        }
+        peer.kick.post_quietly(request::EOI_LISTENERS);
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
@@ -444,6 +452,7 @@ impl<V: Vendor> Vcpu<V> {
             unhalted: false,
             user_interrupt: None,
             pic_signal: false,
+            delivery: CpuDelivery::default(),
             cr8: 0,
             nmi_return: None,
             stepping: false,
@@ -474,6 +483,7 @@ impl<V: Vendor> Vcpu<V> {
             found: None,
             ran: false,
             signal_mask: None,
+            tsc_khz: timer::tsc_khz(),
             sipi_vector: 0,
         };
         Ok(Arc::pin_init(
@@ -536,6 +546,7 @@ impl<V: Vendor> State<V> {
         self.pic_signal = false;
         self.msrs.init();
         self.clock.reset();
+        self.forget_handed_over();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;
@@ -580,6 +591,12 @@ impl<V: Vendor> State<V> {
             Some(LocalSignal::ExtInt) => self.pic_signal = vm.irq.pic_output(),
             _ => {}
         }
+    }
+
+    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
+    #[inline]
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadline_tsc.is_some()
     }
 
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.

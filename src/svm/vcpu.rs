@@ -134,6 +134,10 @@ impl Vendor for Svm {
         Level::Page1G
     }
 
+    fn nested_accessed(&self) -> bool {
+        true
+    }
+
     fn no_large_execute(&self) -> bool {
         false
     }
@@ -477,6 +481,11 @@ impl VendorVcpu for SvmVcpu {
             control.int_ctl &= !window;
             control.intercept_misc1 &= !misc1::VINTR;
         }
+    }
+
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.vmcb.control.int_ctl & int_ctl::V_IRQ != 0
     }
 
     fn want_nmi_window(&mut self, wanted: bool) {

@@ -5,9 +5,10 @@
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
+    apic::Apic,
     cpu::Vmx,
     entry::{flush, own},
-    insn::{VirtualApic, WriteLog},
+    insn::WriteLog,
     pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
@@ -31,6 +32,7 @@ use crate::{
         event::{vector, Event},
         Exit, Regs, SystemRegs,
     },
+    irqchip::{lapic::Lapic, Bits256},
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
@@ -48,10 +50,10 @@ pub(crate) struct VmxVcpu {
     pub(super) machine: Machine,
     pub(super) state: GuestState,
     pub(super) id: VcpuId,
-    pub(super) virtual_apic: PhysBox<VirtualApic>,
     /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
     pub(super) write_log: Option<PhysBox<WriteLog>>,
     pub(super) logs_writes: bool,
+    pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
     pub(super) nested_root: Hpa,
@@ -101,9 +103,9 @@ impl Vendor for Vmx {
             machine: Machine::new(self.clone())?,
             state: GuestState::new(),
             id: VcpuId::new(),
-            virtual_apic: PhysBox::new()?,
             write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
             logs_writes: false,
+            apic: Apic::new()?,
             vpid: self.take_vpid(),
             tsc_offset: 0,
             nested_root: Hpa(0),
@@ -150,6 +152,10 @@ impl Vendor for Vmx {
         }
     }
 
+    fn nested_accessed(&self) -> bool {
+        self.config.features.accessed_dirty
+    }
+
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
     }
@@ -160,6 +166,11 @@ impl Vendor for Vmx {
         } else {
             0
         }
+    }
+
+    fn has_apic_page(&self) -> bool {
+        let features = &self.config.features;
+        features.apic_access && features.apic_registers && features.virtual_interrupts
     }
 }
 
@@ -187,6 +198,7 @@ impl VmxVcpu {
 
 impl VendorVcpu for VmxVcpu {
     const NMI_WINDOW: bool = true;
+    const DELIVERS: bool = true;
 
     fn reset(&mut self, init: bool) {
         if core::mem::take(&mut self.rsp_left) {
@@ -439,6 +451,11 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::INTERRUPT_WINDOW_EXITING, wanted);
     }
 
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.primary & primary::INTERRUPT_WINDOW_EXITING != 0
+    }
+
     fn want_nmi_window(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::NMI_WINDOW_EXITING, wanted);
     }
@@ -472,12 +489,47 @@ impl VendorVcpu for VmxVcpu {
 
     #[inline]
     fn tpr(&self) -> u8 {
-        self.virtual_apic.cr8()
+        self.apic.page.cr8()
     }
 
     #[inline]
     fn set_tpr(&mut self, cr8: u8) {
-        self.virtual_apic.set_cr8(cr8);
+        self.apic.set_cr8(cr8);
+    }
+
+    fn set_apic_page(&mut self, page: Hpa) {
+        self.apic.set_window(page);
+    }
+
+    fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
+        if self.apic.choose(&self.machine.host.config.features, apic) {
+            self.dirty |= own::SECONDARY;
+            // What is cached of the APIC-access page depends on the control. SDM "Virtualizing Memory-Mapped APIC Accesses".
+            self.flush |= flush::NESTED;
+        }
+        self.apic.delivers()
+    }
+
+    fn uses_apic_page(&self) -> bool {
+        self.apic.has_window()
+    }
+
+    fn set_eoi_listeners(&mut self, vectors: &Bits256) {
+        self.apic.set_listeners(vectors);
+    }
+
+    fn hand_over(&mut self, lapic: &mut Lapic, all: bool, irqs: &IrqsOff) {
+        if self.dirty & own::SECONDARY != 0 {
+            self.prepare_rarely(irqs);
+        }
+        // Without a VMCS there is no entry.
+        if let Some(vmcs) = self.machine.vmcs.current(irqs) {
+            self.apic.hand_over(vmcs, lapic, all);
+        }
+    }
+
+    fn take_back(&mut self, lapic: &mut Lapic) {
+        self.apic.take_back(lapic);
     }
 
     #[inline]

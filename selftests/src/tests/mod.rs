@@ -4,6 +4,7 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod apicv;
 pub mod client;
 pub mod debug;
 pub mod dirty_log;
@@ -21,6 +22,7 @@ pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod vmms;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
@@ -36,11 +38,13 @@ pub const GROUPS: &[Group] = &[
     dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
+    apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
     random_state::GROUP,
+    vmms::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];
