@@ -29,6 +29,9 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
 
+    /// Whether a guest can execute XSAVES and XRSTORS where the CPU has them.
+    fn guest_xsaves(&self) -> bool;
+
     /// Levels of the nested table.
     fn nested_levels(&self) -> u8;
 

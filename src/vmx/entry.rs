@@ -84,6 +84,9 @@ impl VmxVcpu {
             vmcs.write(Control16::Vpid, vpid);
         }
         let features = &self.machine.host.config.features;
+        if features.xsaves {
+            vmcs.write(Control64::XssExitBitmap, 0);
+        }
         if features.encls_exiting {
             vmcs.write(Control64::EnclsExitBitmap, u64::MAX);
         }

@@ -139,6 +139,10 @@ impl Vendor for Vmx {
         Ok(vcpu)
     }
 
+    fn guest_xsaves(&self) -> bool {
+        self.config.features.xsaves
+    }
+
     fn nested_levels(&self) -> u8 {
         4
     }

@@ -320,7 +320,7 @@ const CR8_EXITING: u32 = primary::CR8_LOAD_EXITING | primary::CR8_STORE_EXITING;
 
 const SECONDARY: u32 = secondary::EPT;
 const SECONDARY_OPTIONAL: u32 =
-    secondary::RDTSCP | secondary::INVPCID | secondary::WBINVD_EXITING | secondary::ENCLS_EXITING;
+    secondary::RDTSCP | secondary::INVPCID | secondary::XSAVES | secondary::WBINVD_EXITING | secondary::ENCLS_EXITING;
 
 const EXIT: u32 = exit::HOST_ADDRESS_SPACE_SIZE | exit::SAVE_DEBUG_CONTROLS | exit::LOAD_EFER | exit::LOAD_PAT;
 

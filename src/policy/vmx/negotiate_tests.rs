@@ -79,7 +79,7 @@ fn exact_words_of_two_cpus() {
         haswell.controls
     );
     let bochs = config(&BOCHS_SKYLAKE_X);
-    assert_eq!(bochs.controls.secondary, 0x10EA);
+    assert_eq!(bochs.controls.secondary, 0x10_10EA);
     assert_eq!(bochs.controls.pin, haswell.controls.pin);
 }
 
