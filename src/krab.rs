@@ -25,6 +25,7 @@ mod policy;
 
 mod clock;
 mod coalesced;
+mod deadline;
 mod debug;
 mod dev;
 mod dirty_ring;
@@ -72,6 +73,10 @@ module! {
             default: 1,
             description: "0: Intel CPUs do not log the pages that guests write",
         },
+        preemption_timer: u8 {
+            default: 1,
+            description: "0: deadlines of running guests on Intel CPUs are kept by timers of the host, too",
+        },
     },
 }
 
@@ -108,7 +113,11 @@ impl<V: Vendor> Registered<V> {
 
 /// What the parameters allow on Intel.
 fn vmx_options() -> VmxOptions {
-    VmxOptions { apicv: false, pml: *module_parameters::pml.value() != 0 }
+    VmxOptions {
+        apicv: false,
+        pml: *module_parameters::pml.value() != 0,
+        preemption_timer: (*module_parameters::preemption_timer.value() != 0).then(glue::timer::tsc_khz),
+    }
 }
 
 struct Krab {

@@ -139,7 +139,7 @@ impl<V: Vendor> State<V> {
             }
             (Register::TscDeadline, Some(lapic)) => {
                 let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
-                lapic.set_tsc_deadline(value, timer::now_ns(), tsc)
+                lapic.set_tsc_deadline(value, tsc)
             }
             (Register::TscDeadline, None) => return Ok(()),
             (Register::X2Apic(register), Some(lapic)) => lapic

@@ -305,6 +305,7 @@ impl<V: Vendor> Vcpu<V> {
             state.unhalted = false;
             return Ok(());
         }
+        state.arm_timer_for_sleep();
         let peer = &self.peer;
         let began = timer::now_ns();
         peer.stats.set(VcpuStat::Blocking, 1);

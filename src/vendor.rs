@@ -106,6 +106,14 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_breakpoints(&mut self, wanted: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
+    /// Whether the CPU watches deadlines while the guest runs.
+    #[inline]
+    fn watches_deadlines(&self) -> bool {
+        false
+    }
+    /// Asks for [`Exit::Deadline`] as soon as the guest runs and the host's TSC has reached `tsc`, or not any more. It may come without
+    /// reason.
+    fn set_deadline(&mut self, _tsc: Option<u64>) {}
     /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].
     fn log_writes(&mut self, _on: bool) {}
     /// Calls `written` with what was noted since the last call. After every `run`, before anybody sees the vCPU outside of guest mode.

@@ -73,6 +73,8 @@ pub enum Exit {
     NestedFault(NestedFault),
     /// Hardware's log of written pages was full; it has been emptied.
     WriteLogFull,
+    /// The guest's time is up: there is a deadline.
+    Deadline,
     /// An instruction that this virtual CPU does not have: #UD.
     UndefinedInstruction,
     /// Triple fault.

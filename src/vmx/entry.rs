@@ -61,7 +61,7 @@ impl VmxVcpu {
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
         let controls = &self.machine.host.config.controls;
-        vmcs.write(Control32::Pin, controls.pin);
+        vmcs.write(Control32::Pin, self.pin_controls());
         vmcs.write(Control32::Exit, controls.exit);
         vmcs.write(Control32::ExceptionBitmap, EXCEPTIONS);
         for zero in [
@@ -163,6 +163,7 @@ impl VmxVcpu {
                 self.entry_failed(irqs, reason.0.into())
             }
             VmExit::PmlFull => Exit::WriteLogFull,
+            VmExit::PreemptionTimer => Exit::Deadline,
             VmExit::EptMisconfiguration(_) => Exit::Unknown { reason: reason::EPT_MISCONFIGURATION.into() },
             // Of controls that are off.
             _ => Exit::Unknown { reason: u64::MAX },
@@ -260,6 +261,9 @@ impl VmxVcpu {
             self.written_exceptions = self.exceptions;
             vmcs.write(Control32::ExceptionBitmap, self.exceptions);
         }
+        if self.run_timer.is_wanted() {
+            self.run_timer.write(vmcs);
+        }
         if let Some(Injection { info, error_code }) = self.injection.take() {
             vmcs.write(Control32::EntryInterruptionInfo, info.0);
             if info.has_error_code() {
@@ -290,7 +294,12 @@ impl VmxVcpu {
         }
         let exit = self.neutral(decoded.exit, irqs);
         self.wanted = match exit {
-            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow | Exit::WriteLogFull => 0,
+            Exit::HostInterrupt
+            | Exit::HostNmi
+            | Exit::InterruptWindow
+            | Exit::NmiWindow
+            | Exit::WriteLogFull
+            | Exit::Deadline => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             // MOV to a control register may be from RSP.

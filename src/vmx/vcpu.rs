@@ -10,6 +10,7 @@ use super::{
     insn::{VirtualApic, WriteLog},
     pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
+    timer::RunTimer,
 };
 use crate::{
     arch::{
@@ -51,6 +52,7 @@ pub(crate) struct VmxVcpu {
     /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
     pub(super) write_log: Option<PhysBox<WriteLog>>,
     pub(super) logs_writes: bool,
+    pub(super) run_timer: RunTimer,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
     pub(super) nested_root: Hpa,
@@ -101,6 +103,7 @@ impl Vendor for Vmx {
             virtual_apic: PhysBox::new()?,
             write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
             logs_writes: false,
+            run_timer: RunTimer::new(self.config.features.preemption_timer),
             vpid: self.take_vpid(),
             tsc_offset: 0,
             nested_root: Hpa(0),
@@ -445,6 +448,15 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
+    }
+
+    #[inline]
+    fn watches_deadlines(&self) -> bool {
+        self.run_timer.exists()
+    }
+
+    fn set_deadline(&mut self, tsc: Option<u64>) {
+        self.run_timer.set_deadline(tsc);
     }
 
     fn log_writes(&mut self, on: bool) {

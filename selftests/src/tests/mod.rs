@@ -5,6 +5,7 @@ use krabtest::harness::Group;
 
 pub mod api;
 pub mod client;
+pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
 pub mod eventfds;
@@ -35,6 +36,7 @@ pub const GROUPS: &[Group] = &[
     dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
+    deadline::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,

@@ -110,7 +110,8 @@ fn features_of_real_cpus() {
 #[test]
 fn the_administrator_turns_features_off() {
     for cpu in &GOOD {
-        let features = negotiate(&cpu.msrs, Options { apicv: false, pml: false }).unwrap().features;
+        let features =
+            negotiate(&cpu.msrs, Options { apicv: false, pml: false, preemption_timer: None }).unwrap().features;
         let off = [
             features.apic_access,
             features.apic_registers,
@@ -118,8 +119,9 @@ fn the_administrator_turns_features_off() {
             features.x2apic_mode,
             features.posted_interrupts,
             features.pml,
+            features.preemption_timer.is_some(),
         ];
-        assert_eq!(off, [false; 6], "{}", cpu.name);
+        assert_eq!(off, [false; 7], "{}", cpu.name);
         assert!(features.tpr_shadow);
     }
 }
@@ -342,7 +344,14 @@ fn random_capabilities_are_refused_or_legal() {
                 *msr ^= 1 << (next() & 63);
             }
         }
-        match negotiate(&msrs, Options { apicv: next() & 1 != 0, pml: next() & 1 != 0 }) {
+        match negotiate(
+            &msrs,
+            Options {
+                apicv: next() & 1 != 0,
+                pml: next() & 1 != 0,
+                preemption_timer: (next() & 1 != 0).then_some(100_000),
+            },
+        ) {
             Ok(config) => {
                 good += 1;
                 assert!(Basic(msrs.basic).true_controls(), "without them CR3 exits are forced");
