@@ -73,8 +73,9 @@ impl<V: Vendor> State<V> {
         match lapic.deadline() {
             Some(Deadline::GuestTsc(at)) => {
                 let now = timer::tsc();
-                let host_tsc = host_tsc_at(&self.hw, at, now);
-                let mut guest_tsc = guest_tsc_at(&self.hw, now);
+                let tsc = self.tsc.relation();
+                let host_tsc = tsc.host_tsc_at(at, now);
+                let mut guest_tsc = tsc.at(now);
                 if host_tsc.saturating_sub(now) <= self.deadlines.lead(watch).max() {
                     self.deadlines.due = Some((host_tsc, watch));
                     guest_tsc = guest_tsc.max(at);
@@ -117,7 +118,7 @@ impl<V: Vendor> State<V> {
         }
         let deadline = deadline.map(|deadline| match deadline {
             Deadline::GuestTsc(at) => {
-                host_tsc_at(&self.hw, at, timer::tsc()).saturating_sub(self.deadlines.run_lead.ticks())
+                self.tsc.relation().host_tsc_at(at, timer::tsc()).saturating_sub(self.deadlines.run_lead.ticks())
             }
             Deadline::Ns(at) => {
                 let left = tsc::ticks_in(at.saturating_sub(timer::now_ns()), timer::tsc_khz());
@@ -141,28 +142,14 @@ impl<V: Vendor> State<V> {
             Deadline::Ns(at) => at,
             Deadline::GuestTsc(at) => {
                 let now = timer::tsc();
-                let ticks =
-                    host_tsc_at(&self.hw, at, now).saturating_sub(now).saturating_sub(self.deadlines.lead.ticks());
+                let ahead = self.tsc.relation().host_tsc_at(at, now).saturating_sub(now);
+                let ticks = ahead.saturating_sub(self.deadlines.lead.ticks());
                 let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |scale| scale.nanoseconds(ticks));
                 timer::now_ns().saturating_add(ns)
             }
         };
         self.deadlines.armed = true;
         self.deadlines.timer.arm(at_ns);
-    }
-}
-
-/// The guest's TSC when the host's is `host_tsc`.
-fn guest_tsc_at(hw: &impl VendorVcpu, host_tsc: u64) -> u64 {
-    host_tsc.wrapping_add(hw.tsc_offset())
-}
-
-/// The host's TSC, `now` at this moment, when the guest's is `at`. Saturates.
-fn host_tsc_at(hw: &impl VendorVcpu, at: u64, now: u64) -> u64 {
-    let guest_tsc = guest_tsc_at(hw, now);
-    match at.checked_sub(guest_tsc) {
-        Some(left) => now.saturating_add(left),
-        None => now.saturating_sub(guest_tsc - at),
     }
 }
 

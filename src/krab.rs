@@ -32,6 +32,7 @@ mod dirty_ring;
 mod emulation;
 mod enable_cap;
 mod exits;
+mod guest_tsc;
 mod hypercall;
 mod irq;
 mod irq_eventfd;

@@ -273,6 +273,7 @@ impl<V: Vendor> Vcpu<V> {
         if !self.peer.inbox.is_empty() {
             core.state.drain_inbox(&self.vm, &self.peer);
         }
+        core.state.catch_up_tsc();
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
             self.peer.stats.count(VcpuStat::TlbFlush);
@@ -328,6 +329,9 @@ impl<V: Vendor> Vcpu<V> {
             let irqs = IrqsOff::new();
             cpu::rcu_quiescent(&irqs);
             if task::softirq_pending() {
+                return Slow::Work;
+            }
+            if session.state.tsc_lags() {
                 return Slow::Work;
             }
             let loaded = session.load(&irqs);

@@ -40,6 +40,7 @@ use crate::{
         task,
     },
     guest::{queue::EventQueue, Regs},
+    guest_tsc::VcpuTsc,
     irqchip::{
         dest::{for_each_target, CardCell, Cards, Origin},
         lapic::{regs::BASE_BSP, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
@@ -339,6 +340,7 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) shadow_step: bool,
     /// An interrupt window or CR8 writes were asked for.
     pub(crate) windows_open: bool,
+    pub(crate) tsc: VcpuTsc,
     pub(crate) deadlines: Deadlines,
     /// Index among the peers.
     pub(crate) index: usize,
@@ -406,7 +408,9 @@ impl<V: Vendor> Vcpu<V> {
         peer.kick.post_quietly(request::LOG_WRITES);
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
-        hw.set_tsc_offset(vm.clock.tsc_offset());
+        let mut tsc = VcpuTsc::new(vm.enabled.tsc_khz(), vm.host.owner.hardware().tsc_format());
+        tsc.start(&vm.clock);
+        hw.set_tsc(tsc.relation());
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let boots = id == vm.enabled.boot_cpu();
@@ -444,6 +448,7 @@ impl<V: Vendor> Vcpu<V> {
             stepping: false,
             shadow_step: false,
             windows_open: false,
+            tsc,
             deadlines: Deadlines::new(peer.clone())?,
             index,
             clock: VcpuClock::new(peer.clone()),

@@ -241,7 +241,12 @@ impl<V: Vendor> Vcpu<V> {
                 };
                 Ok(0)
             }
-            KVM_GET_TSC_KHZ => Ok(timer::tsc_khz() as isize),
+            KVM_GET_TSC_KHZ => Ok(core.state.tsc.khz() as isize),
+            // KVM takes the lower half, too.
+            KVM_SET_TSC_KHZ => {
+                core.state.set_tsc_khz(arg as u32, vm.host.owner.hardware().tsc_format())?;
+                Ok(0)
+            }
             KVM_KVMCLOCK_CTRL => {
                 if core.state.msrs.system_time().is_none() {
                     return Err(EINVAL);
@@ -261,10 +266,9 @@ impl<V: Vendor> State<V> {
             return Err(ENXIO);
         }
         match cmd {
-            KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.hw.tsc_offset()),
+            KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.tsc_offset()),
             KVM_SET_DEVICE_ATTR => {
-                self.hw.set_tsc_offset(user::read(Hva(attribute.addr))?);
-                self.clock.request_update();
+                self.set_tsc_offset(user::read(Hva(attribute.addr))?);
                 Ok(())
             }
             _ => Ok(()),

@@ -103,7 +103,7 @@ impl VmxVcpu {
 
     fn secondary(&self) -> u32 {
         let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
-        self.machine.host.config.controls.secondary & !without_vpid | self.pml_control()
+        self.machine.host.config.controls.secondary & !without_vpid | self.pml_control() | self.tsc_control()
     }
 
     /// What few entries need: fields that nearly never change, and forgetting translations.
@@ -122,7 +122,7 @@ impl VmxVcpu {
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
-            vmcs.write(Control64::TscOffset, self.tsc_offset);
+            self.write_tsc(vmcs);
         }
         let features = &self.machine.host.config.features;
         if wanted & flush::NESTED != 0 {

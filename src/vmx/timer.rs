@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The VMX-preemption timer ends the guest's run at a deadline. SDM "VMX-Preemption Timer".
+//! The guest's TSC, and the VMX-preemption timer, which ends the guest's run at a deadline. SDM "Time-Stamp Counter Offset and Multiplier",
+//! "VMX-Preemption Timer".
 //!
-//! The control stays on, because a timer with its highest value is as good as none: it ends a run that lasts longer than ten seconds.
+//! The timer's control stays on, because a timer with its highest value is as good as none: it ends a run that lasts longer than ten seconds.
 #![forbid(unsafe_code)]
 
 use super::{insn::CurrentVmcs, vcpu::VmxVcpu};
 use crate::{
-    arch::vmcs::{control::pin, Guest32},
+    arch::vmcs::{
+        control::{pin, secondary},
+        Control64, Guest32,
+    },
     glue::timer,
-    policy::vmx::timer::timer_value,
+    policy::{tsc::Format, vmx::timer::timer_value},
 };
 
 /// A vCPU's timer.
@@ -64,5 +68,21 @@ impl VmxVcpu {
     /// What a VMCS gets once.
     pub(super) fn pin_controls(&self) -> u32 {
         self.machine.host.config.controls.pin | self.run_timer.pin_control()
+    }
+
+    /// Secondary controls that the TSC needs.
+    pub(super) fn tsc_control(&self) -> u32 {
+        if self.tsc.ratio.is_one() {
+            0
+        } else {
+            secondary::TSC_SCALING
+        }
+    }
+
+    pub(super) fn write_tsc(&self, vmcs: CurrentVmcs<'_>) {
+        vmcs.write(Control64::TscOffset, self.tsc.offset);
+        if !self.tsc.ratio.is_one() {
+            vmcs.write(Control64::TscMultiplier, self.tsc.ratio.raw(Format::VMX));
+        }
     }
 }

@@ -35,6 +35,7 @@ use crate::{
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
+        tsc::{Format, GuestTsc, Ratio},
         vmx::event::{injection, Injection},
     },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
@@ -54,7 +55,7 @@ pub(crate) struct VmxVcpu {
     pub(super) logs_writes: bool,
     pub(super) run_timer: RunTimer,
     pub(super) vpid: Option<u16>,
-    pub(super) tsc_offset: u64,
+    pub(super) tsc: GuestTsc,
     pub(super) nested_root: Hpa,
     /// RIP, RSP and RFLAGS as the VMCS has them.
     pub(super) rip: u64,
@@ -105,7 +106,7 @@ impl Vendor for Vmx {
             logs_writes: false,
             run_timer: RunTimer::new(self.config.features.preemption_timer),
             vpid: self.take_vpid(),
-            tsc_offset: 0,
+            tsc: GuestTsc { ratio: Ratio::ONE, offset: 0 },
             nested_root: Hpa(0),
             rip: 0,
             rsp: 0,
@@ -147,6 +148,10 @@ impl Vendor for Vmx {
 
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
+    }
+
+    fn tsc_format(&self) -> Option<Format> {
+        self.config.features.tsc_scaling.then_some(Format::VMX)
     }
 
     fn write_log_entries(&self) -> u32 {
@@ -376,13 +381,9 @@ impl VendorVcpu for VmxVcpu {
         self.flush |= flush::NESTED;
     }
 
-    fn tsc_offset(&self) -> u64 {
-        self.tsc_offset
-    }
-
-    fn set_tsc_offset(&mut self, offset: u64) {
-        self.tsc_offset = offset;
-        self.dirty |= own::CONTROL;
+    fn set_tsc(&mut self, tsc: GuestTsc) {
+        self.tsc = tsc;
+        self.dirty |= own::CONTROL | own::SECONDARY;
     }
 
     fn inject(&mut self, event: Event) {

@@ -3,6 +3,7 @@
 //! before its time.
 
 use krabtest::guest::*;
+use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::*;
 use krabtest::{assert_ok, payload, skip, tests};
@@ -13,6 +14,7 @@ tests! { "deadline";
     while_outside;
     woken_before_it(40);
     one_shot_and_periodic_while_running;
+    with_another_frequency;
 }
 
 // R10: interrupts so far. R9: the deadline.
@@ -250,4 +252,26 @@ fn one_shot_and_periodic_while_running() {
     g.expect_done();
     assert_eq!(g.count(0x43), 10);
     assert!(g.count(0x44) >= 20);
+}
+
+/// The guest's ticks are not the host's.
+fn with_another_frequency() {
+    let host = assert_ok!(guest(dl_running()).cpu.ioctl(KVM_GET_TSC_KHZ, 0));
+    for (code, khz, count) in [
+        (dl_running(), host * 2, 70),
+        (dl_moved(), host * 3, 5),
+        (dl_running(), host / 2, 70),
+        (dl_moved(), host / 3, 5),
+    ] {
+        let g = guest(code);
+        if g.vm.cap(KVM_CAP_TSC_CONTROL) <= 0 {
+            skip!("the CPU does not scale the TSC");
+        }
+        assert_ok!(g.cpu.ioctl(KVM_SET_TSC_KHZ, khz as usize));
+        // With the offset of another frequency it shows anything, and deadlines must not wrap around.
+        assert!(g.cpu.set_msr(0x10, 1));
+        let event = g.event();
+        assert_eq!(event, Event::Done, "{khz} of {host} kHz: {:x?}", g.cpu.regs());
+        assert_eq!(g.count(0x42), count, "{khz} kHz");
+    }
 }

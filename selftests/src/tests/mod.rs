@@ -21,6 +21,7 @@ pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod tsc;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
@@ -32,6 +33,7 @@ pub const GROUPS: &[Group] = &[
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
+    tsc::GROUP,
     memory::GROUP,
     dirty_log::GROUP,
     faults::GROUP,

@@ -32,7 +32,6 @@ tests! { "state";
     cpuid_after_run;
     clock;
     kvmclock_follows_tsc;
-    tsc_khz;
     moved_to_another_vm;
 }
 
@@ -495,19 +494,6 @@ fn kvmclock_follows_tsc() {
     let third = timestamp();
     // (KVM leaves the clock as it is when the guest itself writes.)
     assert!(third >> 51 == 1 || on_kvm(), "{third:#x}");
-}
-
-fn tsc_khz() {
-    let g = Guest::long(st_hlt());
-    if g.vm.cap(KVM_CAP_GET_TSC_KHZ) <= 0 {
-        skip!("KVM_CAP_GET_TSC_KHZ is 0");
-    }
-    let khz = assert_ok!(g.cpu.ioctl(KVM_GET_TSC_KHZ, 0));
-    assert!((100_000..20_000_000).contains(&khz), "{khz}");
-    match g.cpu.ioctl(KVM_SET_TSC_KHZ, khz as usize) {
-        Ok(_) => assert_eq!(assert_ok!(g.cpu.ioctl(KVM_GET_TSC_KHZ, 0)), khz),
-        Err(e) => assert!(e == ENOTTY || e == EINVAL, "{e:?}"),
-    }
 }
 
 payload! { st_worker, 64,
