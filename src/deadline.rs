@@ -90,6 +90,12 @@ impl<V: Vendor> State<V> {
         self.arm_timer();
     }
 
+    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
+    #[inline]
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadlines.due.is_some()
+    }
+
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.
     #[inline]
     pub(crate) fn await_deadline(&mut self) {

@@ -348,6 +348,14 @@ impl<V: Vendor> State<V> {
                 }
                 Ok(())
             }
+            Exit::ApicWrite { offset, value } => {
+                self.handle_apic_write(vm, *offset, *value);
+                Ok(())
+            }
+            Exit::EndOfInterrupt { vector } => {
+                self.handle_end_of_interrupt(vm, *vector);
+                Ok(())
+            }
             Exit::Invd => self.skip(vm, Intercepted::Invd, false),
             Exit::Wbinvd => self.skip(vm, Intercepted::Wbinvd, false),
             Exit::Pause => self.skip(vm, Intercepted::Pause, false),

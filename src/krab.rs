@@ -23,6 +23,7 @@ mod mmu;
 #[allow(dead_code, unused_imports)]
 mod policy;
 
+mod apic;
 mod clock;
 mod coalesced;
 mod deadline;
@@ -70,6 +71,10 @@ module! {
             default: 0,
             description: "1: serve /dev/kvm, too, where KVM is not loaded",
         },
+        ept_ad: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not mark pages of guests as accessed and dirty",
+        },
         pml: u8 {
             default: 1,
             description: "0: Intel CPUs do not log the pages that guests write",
@@ -77,6 +82,10 @@ module! {
         preemption_timer: u8 {
             default: 1,
             description: "0: deadlines of running guests on Intel CPUs are kept by timers of the host, too",
+        },
+        apicv: u8 {
+            default: 1,
+            description: "0: deliver guests' interrupts by software on Intel, too",
         },
     },
 }
@@ -115,8 +124,9 @@ impl<V: Vendor> Registered<V> {
 /// What the parameters allow on Intel.
 fn vmx_options() -> VmxOptions {
     VmxOptions {
-        apicv: false,
+        apicv: *module_parameters::apicv.value() != 0,
         pml: *module_parameters::pml.value() != 0,
+        accessed_dirty: *module_parameters::ept_ad.value() != 0,
         preemption_timer: (*module_parameters::preemption_timer.value() != 0).then(glue::timer::tsc_khz),
     }
 }

@@ -4,7 +4,7 @@
 //! Nothing is pinned: pages come from the address space when the guest touches them, and its MMU notifier takes them back.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
 
 use kernel::{
     new_mutex, new_spinlock,
@@ -18,12 +18,14 @@ use crate::{
     glue::{
         error,
         guest_mem::{AddressSpace, Invalidate, Want},
+        phys::{Bytes, PhysBox},
         signal,
         srcu::{SrcuCell, SrcuGuard},
         tables::{TablePages, TableStock},
         task, user,
     },
     guest::exit::NestedFault,
+    irqchip::lapic::regs::BASE_DEFAULT,
     mmu::{
         dirty,
         guest_mem::{GuestMem, Refused},
@@ -49,6 +51,10 @@ const BUDGET: usize = 512;
 
 /// Pages whose next write is caught, in one go.
 const CATCH_PAGES: u64 = 1 << 16;
+
+/// The local APICs' window.
+const APIC_FRAME: Gfn = Gfn(BASE_DEFAULT >> 12);
+
 /// Neighbours looked up with a page that faults: what is present gets mapped at once.
 const AROUND: usize = 15;
 
@@ -78,6 +84,8 @@ pub(crate) struct Mapped<F: Format + 'static> {
     #[pin]
     nested: SpinLock<Nested<F>>,
     peers: Arc<Peers>,
+    /// Hardware marks the pages that it uses. Where it does not, one that is mapped was used, and is unmapped to see whether it is used again.
+    accessed: bool,
 }
 
 /// What hardware's nested tables can be.
@@ -85,8 +93,10 @@ pub(crate) struct Mapped<F: Format + 'static> {
 pub(crate) struct NestedLimits {
     levels: u8,
     largest: Level,
+    accessed: bool,
     no_large_execute: bool,
     catch: Catch,
+    apic_page: bool,
 }
 
 impl NestedLimits {
@@ -94,8 +104,10 @@ impl NestedLimits {
         Self {
             levels: hardware.nested_levels(),
             largest: hardware.nested_largest(),
+            accessed: hardware.nested_accessed(),
             no_large_execute: hardware.no_large_execute(),
             catch: if hardware.write_log_entries() > 0 { Catch::Log } else { Catch::Fault },
+            apic_page: hardware.has_apic_page(),
         }
     }
 }
@@ -113,15 +125,29 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     largest: Level,
     /// How the dirty log learns of writes.
     catch: Catch,
+    /// What the guest has at [`APIC_FRAME`] where its CPUs know that page.
+    apic_page: Option<PhysBox<Bytes<4096>>>,
+    /// One of [`apic_page`].
+    apic_page_state: AtomicU8,
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not write-protect, KVM_CLEAR_DIRTY_LOG does.
     manual_protect: AtomicBool,
     /// A new log begins with every page dirty.
     initially_dirty: AtomicBool,
 }
 
+/// Whether the page for the local APICs' window is mapped.
+mod apic_page {
+    /// Not yet: the first access maps it.
+    pub(super) const AWAITED: u8 = 0;
+    pub(super) const MAPPED: u8 = 1;
+    /// A vCPU has its APIC elsewhere or in another mode, and would find memory there. It stays like this: such a guest does without.
+    pub(super) const FORBIDDEN: u8 = 2;
+}
+
 impl<F: Format + 'static> Mapped<F> {
-    /// Unmaps `count` frames from `start` and waits until no CPU uses them.
-    fn unmap(&self, start: Gfn, count: u64) {
+    /// Unmaps `count` frames from `start` and waits until no CPU uses them. Returns whether one was mapped.
+    fn unmap(&self, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
         let mut next = Some(start);
         let end = start.0.saturating_add(count);
         while let Some(from) = next {
@@ -135,8 +161,10 @@ impl<F: Format + 'static> Mapped<F> {
             }
             // Hardware has let go of the tables now.
             drop(retired);
+            mapped |= progress.flush;
             next = progress.next;
         }
+        mapped
     }
 
     /// Calls `f` with the frames of every slot that lie in the range of host addresses.
@@ -151,11 +179,18 @@ impl<F: Format + 'static> Mapped<F> {
 
 impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
     fn invalidate(&self, start: Hva, end: Hva, _may_block: bool) {
-        self.for_each_range(start, end, |first, count| self.unmap(first, count));
+        self.for_each_range(start, end, |first, count| {
+            self.unmap(first, count);
+        });
     }
 
     fn clear_young(&self, start: Hva, end: Hva, flush: bool) -> bool {
         let mut young = false;
+        if !self.accessed {
+            // With a flush also where none is asked for: nothing remembers that one is owed.
+            self.for_each_range(start, end, |first, count| young |= self.unmap(first, count));
+            return young;
+        }
         self.for_each_range(start, end, |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
@@ -172,7 +207,10 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
         self.for_each_range(at, at.wrapping_add(1), |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
-            young |= table.test_accessed(pages, first, count);
+            young |= match self.accessed {
+                true => table.test_accessed(pages, first, count),
+                false => table.maps_any(pages, first, count),
+            };
         });
         young
     }
@@ -199,11 +237,14 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     slots <- SrcuCell::new(Slots::new())?,
                     nested <- new_spinlock!(nested),
                     peers,
+                    accessed: limits.accessed,
                 })),
                 update <- new_mutex!(()),
                 root,
                 largest: limits.largest,
                 catch: limits.catch,
+                apic_page: if limits.apic_page { Some(PhysBox::new()?) } else { None },
+                apic_page_state: apic_page::AWAITED.into(),
                 manual_protect: false.into(),
                 initially_dirty: false.into(),
             }? Error))
@@ -213,6 +254,63 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     /// Root of the nested table.
     pub(crate) fn root(&self) -> Hpa {
         self.root
+    }
+
+    /// The page for the local APICs' window, where the CPUs have a use for it.
+    pub(crate) fn apic_page(&self) -> Option<Hpa> {
+        self.apic_page.as_ref().map(PhysBox::address)
+    }
+
+    /// Some vCPU does not have its APIC's window at that page: nobody gets the page from now on. May sleep.
+    #[inline]
+    pub(crate) fn forbid_apic_page(&self) {
+        if self.apic_page.is_some() && self.apic_page_state.load(Relaxed) != apic_page::FORBIDDEN {
+            self.unmap_apic_page();
+        }
+    }
+
+    #[cold]
+    fn unmap_apic_page(&self) {
+        let nested = self.space.nested.lock();
+        self.apic_page_state.store(apic_page::FORBIDDEN, Relaxed);
+        drop(nested);
+        self.space.unmap(APIC_FRAME, 1);
+    }
+
+    /// A fault where there is no slot: a device, unless it is the first at the local APICs' window, and the vCPU has that at its page: all
+    /// have, or they would have forbidden it.
+    #[inline]
+    fn device_fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
+        match &self.apic_page {
+            Some(page) if fault.gpa.gfn() == APIC_FRAME && !fault.execute => {
+                self.map_apic_page(page.address(), may_sleep)
+            }
+            _ => Ok(Fault::Mmio),
+        }
+    }
+
+    #[cold]
+    fn map_apic_page(&self, page: Hpa, may_sleep: bool) -> Result<Fault> {
+        if self.apic_page_state.load(Relaxed) != apic_page::AWAITED {
+            return Ok(Fault::Mmio);
+        }
+        let stock = if may_sleep { Some(TableStock::allocate(TABLES_PER_MAP)?) } else { None };
+        let mut nested = self.space.nested.lock();
+        let Nested { table, pages } = &mut *nested;
+        if let Some(stock) = stock {
+            pages.refill(stock);
+        }
+        if pages.short_of(TABLES_PER_MAP) > 0 {
+            return Ok(Fault::Sleep);
+        }
+        if self.apic_page_state.load(Relaxed) != apic_page::AWAITED {
+            return Ok(Fault::Mmio);
+        }
+        let memory_type = MemoryType::WriteBack;
+        let prot = Prot { write: true, execute: false, accessed: true, dirty: true, memory_type };
+        table.map(pages, APIC_FRAME, page, Level::Page4K, prot).map_err(|_| EFAULT)?;
+        self.apic_page_state.store(apic_page::MAPPED, Relaxed);
+        Ok(Fault::Mapped)
     }
 
     /// Whether the caller runs in the VM's address space. Only then may the VM be used.
@@ -267,9 +365,13 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             self.space.peers.log_writes(true);
         }
         // No fault handler knows the old slots after this, so none maps anything of them after the unmapping.
+        let hides_apics = slots::find(&new, APIC_FRAME, 0).is_some();
         self.space.slots.replace(new)?;
         if !hardware_logs {
             self.space.peers.log_writes(false);
+        }
+        if hides_apics {
+            self.forbid_apic_page();
         }
         if let Some(slot) = gone {
             self.space.unmap(slot.base, slot.pages);
@@ -426,7 +528,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     pub(crate) fn fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
         let slots = self.space.slots.read();
         let gfn = fault.gpa.gfn();
-        let Some(slot) = slots::find(&slots, gfn, 0).and_then(|at| slots.get(at)) else { return Ok(Fault::Mmio) };
+        let Some(slot) = slots::find(&slots, gfn, 0).and_then(|at| slots.get(at)) else {
+            return self.device_fault(fault, may_sleep);
+        };
         let Some(hva) = slot.hva_of(gfn) else { return Ok(Fault::Mmio) };
         if fault.write && !slot.writable() {
             return Ok(Fault::Mmio);

@@ -15,6 +15,7 @@ use crate::{
     exits::{NotNow, ToUser},
     glue::{cpu, fpu::GuestFpu, kick::KickPoint, timer, trace, user},
     guest::{Exception, Gpr},
+    irqchip::lapic::regs,
     policy::msr::{
         filter::{self, Access},
         By, Context, Effect, Read, Register, Write,
@@ -73,6 +74,7 @@ impl<V: Vendor> State<V> {
             Read::Gp => return Err(Refused::Gp),
             Read::Register(register) => register,
         };
+        self.take_back_for(register);
         match (register, &mut self.lapic) {
             (Register::Hardware(register), _) => Ok(self.hw.msr(register)),
             (Register::Tsc, _) => Ok(self.guest_tsc()),
@@ -105,6 +107,7 @@ impl<V: Vendor> State<V> {
             }
             Write::Register(register, value) => (register, value),
         };
+        self.take_back_for(register);
         let work = match (register, &mut self.lapic) {
             (Register::Hardware(register), _) => {
                 self.hw.set_msr(register, value);
@@ -127,6 +130,8 @@ impl<V: Vendor> State<V> {
             (Register::ApicBase, None) => {
                 return self.set_user_apic_base(value);
             }
+            // Another mode may change who delivers interrupts.
+            (Register::ApicBase, Some(_)) if V::Vcpu::DELIVERS && fpu.is_none() => return Err(Refused::Busy),
             (Register::ApicBase, Some(lapic)) => {
                 lapic.write_base(value, self.caps.physical_bits.into(), by == By::Host).map_err(|_| Refused::Gp)?
             }
@@ -142,6 +147,16 @@ impl<V: Vendor> State<V> {
         };
         self.lapic_work(vm, work);
         Ok(())
+    }
+
+    /// Before an access to a register of the local APIC: most may have to do with the interrupts that the CPU has. The ICR is in a hurry, and
+    /// has not.
+    #[inline]
+    fn take_back_for(&mut self, register: Register) {
+        const ICR: Register = Register::X2Apic((regs::ICR >> 4) as u8);
+        if V::Vcpu::DELIVERS && matches!(register, Register::X2Apic(_)) && register != ICR {
+            self.take_back();
+        }
     }
 
     fn msr_effect(&mut self, effect: Effect) {

@@ -61,6 +61,7 @@ impl<V: Vendor> Drop for Session<'_, V> {
     fn drop(&mut self) {
         if self.begun {
             self.state.hw.end_window();
+            self.state.take_back();
         }
     }
 }
@@ -192,11 +193,7 @@ impl<V: Vendor> Vcpu<V> {
                 return Ok(None);
             }
             Pending::EmulatedPortIn => core.emulator.complete_port_in(),
-            Pending::MmioRead { len } => {
-                let mut data = [0; 8];
-                self.run.copy_out(run::EXIT_UNION + 8, &mut data);
-                core.emulator.complete_read(data.get(..usize::from(len)).ok_or(EINVAL)?);
-            }
+            Pending::MmioRead => return self.answer_read(core, self.run.load(run::EXIT_UNION + 8)),
             Pending::Emulation => {}
             Pending::Msr { read, rip, next_rip } => {
                 let answer: ExitMsr = self.run.read(run::EXIT_UNION);
@@ -254,6 +251,7 @@ impl<V: Vendor> Vcpu<V> {
                 continue;
             }
             core.state.fill_shared_word(&self.vm);
+            core.state.choose_delivery(&self.vm);
             let ended = self.run_guest(core);
             core.state.take_shared_word(&self.vm);
             let reason = match ended {
@@ -291,6 +289,9 @@ impl<V: Vendor> Vcpu<V> {
         }
         if requests & request::MSR_FILTER != 0 {
             core.state.update_msr_filter(&self.vm);
+        }
+        if requests & request::EOI_LISTENERS != 0 {
+            core.state.hw.set_eoi_listeners(&self.vm.irq.eoi_listeners());
         }
     }
 
@@ -510,6 +511,7 @@ impl<V: Vendor> State<V> {
     /// this very vCPU.
     #[inline]
     fn prepare_entry(&mut self, vcpu: &Vcpu<V>, user_window: bool, irqs: &IrqsOff) -> bool {
+        self.hand_over(irqs);
         if let Some(lapic) = &self.lapic {
             if lapic.cr8() != self.cr8 {
                 self.cr8 = lapic.cr8();
@@ -520,6 +522,11 @@ impl<V: Vendor> State<V> {
         let held_back = self.held_back_by_tpr();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
+            return false;
+        }
+        // Interrupts that wait for a guest which has them off, and hardware tells when that is over.
+        let parked = waits && !held_back && self.regs.rflags & rflags::IF == 0 && self.hw.has_interrupt_window();
+        if parked && self.events.is_empty() && !self.shadow_step && !user_window && !self.has_deadline() {
             return false;
         }
         self.prepare_events(vcpu, waits, user_window, irqs)

@@ -19,6 +19,7 @@ use crate::{
         },
         vm::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_X86_QUIRK_STUFF_FEATURE_MSRS},
     },
+    apic::CpuDelivery,
     arch::{
         cr::rflags,
         segment::{Segment, SegmentName},
@@ -69,6 +70,8 @@ pub(crate) mod request {
     pub(crate) const UNHALT: u64 = 1 << 4;
     /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
     pub(crate) const LOG_WRITES: u64 = 1 << 6;
+    /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
+    pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
 }
 
 /// What other threads see of a vCPU.
@@ -295,9 +298,7 @@ pub(crate) enum Pending {
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead {
-        len: u8,
-    },
+    MmioRead,
     /// The emulator has more to do.
     Emulation,
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
@@ -330,6 +331,7 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) user_interrupt: Option<u8>,
     /// The 8259A may have an interrupt for this CPU.
     pub(crate) pic_signal: bool,
+    pub(crate) delivery: CpuDelivery,
     /// CR8 as hardware last had it.
     pub(crate) cr8: u8,
     /// Where the IRET of an NMI handler is: NMIs are masked until the guest is past it.
@@ -411,6 +413,10 @@ impl<V: Vendor> Vcpu<V> {
         let mut tsc = VcpuTsc::new(vm.enabled.tsc_khz(), vm.host.owner.hardware().tsc_format());
         tsc.start(&vm.clock);
         hw.set_tsc(tsc.relation());
+        if let Some(page) = vm.memory.apic_page() {
+            hw.set_apic_page(page);
+        }
+        peer.kick.post_quietly(request::EOI_LISTENERS);
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
         let boots = id == vm.enabled.boot_cpu();
@@ -443,6 +449,7 @@ impl<V: Vendor> Vcpu<V> {
             unhalted: false,
             user_interrupt: None,
             pic_signal: false,
+            delivery: CpuDelivery::default(),
             cr8: 0,
             nmi_return: None,
             stepping: false,
@@ -526,6 +533,7 @@ impl<V: Vendor> State<V> {
         self.pic_signal = false;
         self.msrs.init();
         self.clock.reset();
+        self.forget_handed_over();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);
         let boot = lapic.base() & BASE_BSP != 0;

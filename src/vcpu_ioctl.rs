@@ -24,7 +24,7 @@ use crate::{
     mmu::{guest_mem::GuestMem, walk},
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
     stats::StatsFile,
-    vcpu::{request, Core, MpState, State, Vcpu},
+    vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
 
@@ -248,10 +248,7 @@ impl<V: Vendor> Vcpu<V> {
                 Ok(0)
             }
             KVM_KVMCLOCK_CTRL => {
-                if core.state.msrs.system_time().is_none() {
-                    return Err(EINVAL);
-                }
-                self.peer.kick.post_quietly(request::CLOCK);
+                core.state.clock.guest_stopped()?;
                 Ok(0)
             }
             _ => Err(ENOTTY),

@@ -11,6 +11,7 @@ use crate::{
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
+    irqchip::{lapic::Lapic, Bits256},
     mmu,
     policy::tsc::{Format, GuestTsc},
 };
@@ -35,6 +36,9 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// The largest page that a nested table maps.
     fn nested_largest(&self) -> Level;
 
+    /// Whether the CPU marks the entries of nested tables that it uses as accessed.
+    fn nested_accessed(&self) -> bool;
+
     /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
     fn no_large_execute(&self) -> bool;
 
@@ -47,6 +51,11 @@ pub(crate) trait Vendor: Hardware + Sized {
     fn write_log_entries(&self) -> u32 {
         0
     }
+
+    /// Whether its CPUs know a page of host memory as the local APIC's window.
+    fn has_apic_page(&self) -> bool {
+        false
+    }
 }
 
 /// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
@@ -54,6 +63,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Whether [`Exit::NmiWindow`] comes when the guest can take an NMI, in whatever shadow it was before. Otherwise there is only
     /// [`Exit::NmiReturn`].
     const NMI_WINDOW: bool;
+    /// Whether there are CPUs that deliver and end a guest's interrupts themselves. See [`apic`](crate::apic).
+    const DELIVERS: bool = false;
 
     /// Back to the state after RESET or INIT (`init`), segments and control registers and MSRs that INIT changes.
     fn reset(&mut self, init: bool);
@@ -101,6 +112,9 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_interrupt_shadow(&mut self, shadow: bool);
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt.
     fn want_interrupt_window(&mut self, wanted: bool);
+
+    /// Whether that is asked for.
+    fn has_interrupt_window(&self) -> bool;
     /// Asks for [`Exit::NmiWindow`] or [`Exit::NmiReturn`] when the guest leaves its NMI handler.
     fn want_nmi_window(&mut self, wanted: bool);
     /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.
@@ -109,6 +123,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_cr8_writes(&mut self, wanted: bool);
     /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
     fn want_breakpoints(&mut self, wanted: bool);
+    /// Whether RFLAGS.TF is set by userspace, which wants each instruction's trap even after STI.
+    fn set_user_steps(&mut self, steps: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
     /// Whether the CPU watches deadlines while the guest runs.
@@ -127,6 +143,23 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);
+
+    /// Where the page is that a CPU with [`Vendor::has_apic_page`] takes for the local APIC's window.
+    fn set_apic_page(&mut self, _page: Hpa) {}
+    /// Whether the CPU delivers the interrupts of this APIC from now on. `None`: software does, in any case. Software has the interrupts now.
+    fn choose_delivery(&mut self, _apic: Option<&Lapic>) -> bool {
+        false
+    }
+    /// Whether the guest's accesses to the page are those to its local APIC.
+    fn uses_apic_page(&self) -> bool {
+        false
+    }
+    /// The vectors whose end somebody wants to know: [`Exit::EndOfInterrupt`].
+    fn set_eoi_listeners(&mut self, _vectors: &Bits256) {}
+    /// Hands over to the CPU what `lapic` has. `all`: the CPU had nothing so far.
+    fn hand_over(&mut self, _lapic: &mut Lapic, _all: bool, _irqs: &IrqsOff) {}
+    /// Takes back to `lapic` what the CPU has.
+    fn take_back(&mut self, _lapic: &mut Lapic) {}
 
     /// Whether the page-directory-pointer entries at CR3 must be brought before the next `run`: the guest got PAE paging by other means than
     /// an instruction of its own, and the CPU keeps the four entries in registers.

@@ -39,7 +39,7 @@ use crate::{
     msrs::MsrFilter,
     stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
-    vendor::Vendor,
+    vendor::{Vendor, VendorVcpu},
 };
 
 /// One virtual machine. Lives as long as its file descriptor or any of its vCPUs'.
@@ -71,7 +71,7 @@ impl<V: Vendor> Vm<V> {
         let host = InUse::new(host)?;
         let peers = Peers::new()?;
         let limits = NestedLimits::of(&**host.owner.hardware());
-        Ok(Arc::pin_init(
+        let vm = Arc::pin_init(
             try_pin_init!(Self {
                 memory <- Memory::new(peers.clone(), limits),
                 irq <- Irq::new(peers.clone()),
@@ -84,7 +84,11 @@ impl<V: Vendor> Vm<V> {
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
-        )?)
+        )?;
+        if V::Vcpu::DELIVERS {
+            vm.irq.cpu_ends_interrupts();
+        }
+        Ok(vm)
     }
 
     /// Shows the VM in debugfs under the descriptor it got.

@@ -45,6 +45,8 @@ pub struct Options {
     pub device: String,
     pub bed: String,
     pub times: bool,
+    /// The CPU may deliver a guest's interrupts, where it can.
+    pub apicv: bool,
 }
 
 static OPTIONS: OnceLock<Options> = OnceLock::new();

@@ -75,6 +75,15 @@ pub enum Exit {
     WriteLogFull,
     /// The guest's time is up: there is a deadline.
     Deadline,
+    /// The guest wrote `value` to the local APIC's register at `offset`; the instruction is over. The ICR comes with its upper half.
+    ApicWrite {
+        offset: u32,
+        value: u64,
+    },
+    /// The CPU ended the interrupt `vector`, and somebody wants to know; the instruction is over.
+    EndOfInterrupt {
+        vector: u8,
+    },
     /// An instruction that this virtual CPU does not have: #UD.
     UndefinedInstruction,
     /// Triple fault.
@@ -108,6 +117,7 @@ impl Exit {
             Self::DebugRegister(_) => 12,
             Self::NestedFault(_) => 13,
             Self::Shutdown => 14,
+            Self::ApicWrite { .. } | Self::EndOfInterrupt { .. } => 16,
             _ => 15,
         }
     }

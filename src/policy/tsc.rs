@@ -166,7 +166,7 @@ impl GuestTsc {
 /// How a guest's TSC gets a frequency that userspace asks for. KVM API "KVM_SET_TSC_KHZ".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rate {
-    /// It is the host's, or within the 250 millionths that clocks may differ anyway.
+    /// The host's as it is.
     Host,
     /// The CPU scales it.
     Scaled(Ratio),
@@ -176,13 +176,10 @@ pub enum Rate {
 
 /// Chooses; `None` for what cannot be: too fast for the CPU's scaling (`format`), or slower than the host's TSC without it.
 pub const fn rate_for(guest_khz: u32, host_khz: u32, format: Option<Format>) -> Option<Rate> {
-    const TOLERANCE_PPM: u64 = 250;
-    let margin = host_khz as u64 * TOLERANCE_PPM / 1_000_000;
-    let difference = guest_khz.abs_diff(host_khz) as u64;
     match format {
         Some(format) if guest_khz >= format.end_khz(host_khz) => None,
         _ if guest_khz == 0 || host_khz == 0 => None,
-        _ if difference <= margin => Some(Rate::Host),
+        _ if same_frequency(guest_khz, host_khz) => Some(Rate::Host),
         Some(format) => match Ratio::from_khz(format, guest_khz, host_khz) {
             Some(ratio) => Some(Rate::Scaled(ratio)),
             None => None,
@@ -193,6 +190,11 @@ pub const fn rate_for(guest_khz: u32, host_khz: u32, format: Option<Format>) -> 
             None => None,
         },
     }
+}
+
+/// Whether a TSC of `guest_khz` can be the host's as it is: two measurements of one clock differ by no more than 250 parts per million.
+pub const fn same_frequency(guest_khz: u32, host_khz: u32) -> bool {
+    guest_khz.abs_diff(host_khz) as u64 * 1_000_000 <= host_khz as u64 * 250
 }
 
 /// TSC ticks in `ns` nanoseconds, rounded up; saturates.
@@ -213,6 +215,20 @@ mod tests {
 
     fn svm(guest: u32, host: u32) -> Option<Ratio> {
         Ratio::from_khz(Format::SVM, guest, host)
+    }
+
+    #[test]
+    fn frequencies_that_are_one() {
+        for (guest, host) in
+            [(2_500_000, 2_500_000), (2_500_625, 2_500_000), (2_499_375, 2_500_000), (u32::MAX, u32::MAX)]
+        {
+            assert!(same_frequency(guest, host), "{guest} {host}");
+        }
+        for (guest, host) in
+            [(2_500_626, 2_500_000), (2_499_374, 2_500_000), (0, 2_500_000), (1, 0), (u32::MAX, 1), (0, u32::MAX)]
+        {
+            assert!(!same_frequency(guest, host), "{guest} {host}");
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::{
         vmx::{host_state, CacheFlush, HostState},
     },
     policy::vmx::{
+        apicv::x2apic_access,
         msr_bitmap,
         negotiate::{enabled_by_firmware, negotiate},
         CapabilityMsrs, Config, Options,
@@ -52,6 +53,8 @@ pub(crate) struct Vmx {
     /// The host's performance counters stand still while a guest runs.
     pub(super) perf_global_ctrl: bool,
     pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
+    /// For guests whose APIC is in x2APIC mode, and that the CPU delivers interrupts to.
+    pub(super) x2apic_msr_bitmap: PhysBox<Bytes<4096>>,
     cache_flush: CacheFlush,
     vpids: Vpids,
 }
@@ -99,6 +102,12 @@ impl Vmx {
         for msr in PASSED_THROUGH {
             msr_bitmap::set(&mut msr_bitmap.0, msr, false, false);
         }
+        let mut x2apic_msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
+        x2apic_msr_bitmap.0 = msr_bitmap.0;
+        for msr in msr::X2APIC_FIRST..=msr::X2APIC_LAST {
+            let access = x2apic_access(msr);
+            msr_bitmap::set(&mut x2apic_msr_bitmap.0, msr, !access.read, !access.write);
+        }
         let vpids = Vpids::new()?;
         let physical_bits = cpu::cpuid(0x8000_0008, 0)[0] & 0xFF;
         let linear_bits = if cpu::cpuid(7, 0)[2] & leaf7_ecx::LA57 != 0 { 57 } else { 48 };
@@ -111,6 +120,7 @@ impl Vmx {
                 physical_bits,
                 perf_global_ctrl,
                 msr_bitmap,
+                x2apic_msr_bitmap,
                 cache_flush,
                 vpids,
             },

@@ -5,6 +5,7 @@
 use kernel::prelude::*;
 
 use super::{
+    apic,
     cpu::Vmx,
     insn::{self, CurrentVmcs, NotEntered},
     state::{group, HostFields},
@@ -56,7 +57,8 @@ pub(super) mod flush {
 
 impl VmxVcpu {
     fn ept_pointer(&self) -> u64 {
-        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | eptp::ACCESSED_DIRTY
+        let accessed_dirty = if self.machine.host.config.features.accessed_dirty { eptp::ACCESSED_DIRTY } else { 0 };
+        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | accessed_dirty
     }
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
@@ -90,8 +92,7 @@ impl VmxVcpu {
             vmcs.write(Guest64::PerfGlobalCtrl, 0);
             vmcs.write(Host64::PerfGlobalCtrl, self.host_fields.perf_global_ctrl);
         }
-        vmcs.write(Control64::MsrBitmaps, insn::address(&self.machine.host.msr_bitmap));
-        vmcs.write(Control64::VirtualApicAddress, insn::address(&self.virtual_apic));
+        vmcs.write(Control64::VirtualApicAddress, insn::address(&self.apic.page));
         vmcs.write(ControlNatural::Cr0Mask, u64::MAX);
         vmcs.write(ControlNatural::Cr4Mask, u64::MAX);
         vmcs.write(Guest64::LinkPointer, NO_LINK);
@@ -103,12 +104,13 @@ impl VmxVcpu {
 
     fn secondary(&self) -> u32 {
         let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
-        self.machine.host.config.controls.secondary & !without_vpid | self.pml_control() | self.tsc_control()
+        let wanted = self.pml_control() | self.tsc_control() | self.apic.secondary();
+        self.machine.host.config.controls.secondary & !without_vpid | wanted
     }
 
     /// What few entries need: fields that nearly never change, and forgetting translations.
     #[cold]
-    fn prepare_rarely(&mut self, irqs: &IrqsOff) {
+    pub(super) fn prepare_rarely(&mut self, irqs: &IrqsOff) {
         // Without a VMCS the entry fails, and what was wanted waits for the next one.
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return };
         let dirty = core::mem::take(&mut self.dirty);
@@ -119,6 +121,7 @@ impl VmxVcpu {
         if dirty & own::SECONDARY != 0 {
             vmcs.write(Control32::Secondary, self.secondary());
             self.write_pml(vmcs);
+            self.apic.write(&self.machine.host, vmcs);
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
@@ -164,6 +167,9 @@ impl VmxVcpu {
             }
             VmExit::PmlFull => Exit::WriteLogFull,
             VmExit::PreemptionTimer => Exit::Deadline,
+            VmExit::Apic(access) => apic::access(access),
+            VmExit::ApicWrite { offset } => self.apic.written(offset),
+            VmExit::VirtualizedEoi { vector } => Exit::EndOfInterrupt { vector },
             VmExit::EptMisconfiguration(_) => Exit::Unknown { reason: reason::EPT_MISCONFIGURATION.into() },
             // Of controls that are off.
             _ => Exit::Unknown { reason: u64::MAX },
@@ -236,8 +242,18 @@ impl VmxVcpu {
             self.prepare_rarely(irqs);
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
+        if self.user_steps {
+            // The CPU would insist on a trap before the next instruction, and userspace wants the one after it.
+            self.state.set_interruptibility(&self.machine, interruptibility::STI | interruptibility::MOV_SS, 0);
+        }
+        if regs.rflags != self.rflags {
+            self.state.flags_changed(&self.machine, regs.rflags ^ self.rflags);
+        }
         if self.state.is_dirty() {
             self.state.write_dirty(&self.machine, vmcs, regs.rflags);
+        }
+        if (regs.rflags | self.rflags) & rflags::TF != 0 {
+            self.state.prepare_single_step(&self.machine, vmcs, regs.rflags);
         }
         let rsp = if self.rsp_left { self.rsp } else { regs.gpr[Gpr::Rsp as usize] };
         for (field, value, old) in [
@@ -249,9 +265,6 @@ impl VmxVcpu {
                 *old = value;
                 vmcs.write(field, value);
             }
-        }
-        if regs.rflags & rflags::TF != 0 {
-            self.state.prepare_single_step(&self.machine, vmcs);
         }
         if self.primary != self.written_primary {
             self.written_primary = self.primary;
@@ -271,7 +284,7 @@ impl VmxVcpu {
             }
         }
 
-        match vmcs.enter(regs, &mut self.state.cr2, self.state.spec_ctrl, &self.virtual_apic, window, irqs) {
+        match vmcs.enter(regs, &mut self.state.cr2, self.state.spec_ctrl, &self.apic.page, window, irqs) {
             Ok(()) => {}
             Err(NotEntered::Refused(error)) => {
                 pr_warn!("VM entry refused: {} ({error})\n", insn::describe(error));
@@ -294,12 +307,8 @@ impl VmxVcpu {
         }
         let exit = self.neutral(decoded.exit, irqs);
         self.wanted = match exit {
-            Exit::HostInterrupt
-            | Exit::HostNmi
-            | Exit::InterruptWindow
-            | Exit::NmiWindow
-            | Exit::WriteLogFull
-            | Exit::Deadline => 0,
+            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
+            Exit::WriteLogFull | Exit::Deadline | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             // MOV to a control register may be from RSP.

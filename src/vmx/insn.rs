@@ -29,6 +29,7 @@ use crate::{
         phys::{Bytes, PhysBox},
     },
     guest::Regs,
+    irqchip::lapic::regs,
     policy::vmx::exit::Fields,
 };
 
@@ -167,27 +168,35 @@ fn new_region(revision: u32) -> Result<PhysBox<Bytes<4096>>> {
     Ok(region)
 }
 
-/// The page of virtual-APIC state. Only the task priority is used.
+/// The page of virtual-APIC state: the registers, at their offsets in the xAPIC's window. Without virtual-interrupt delivery only the task
+/// priority is used.
 #[repr(C, align(4096))]
-pub(super) struct VirtualApic {
-    reserved_000: [u32; 0x80 / 4],
-    tpr: AtomicU32,
-    reserved_084: [u32; (0x1000 - 0x84) / 4],
-}
+pub(super) struct VirtualApic([AtomicU32; 1024]);
 
 // SAFETY: every field is made of integers.
 unsafe impl Zeroable for VirtualApic {}
 
 impl VirtualApic {
+    /// The register at `offset`, which is a multiple of 4 below 1000h.
+    #[inline]
+    pub(super) fn load(&self, offset: u32) -> u32 {
+        self.0[offset as usize >> 2 & 1023].load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    pub(super) fn store(&self, offset: u32, value: u32) {
+        self.0[offset as usize >> 2 & 1023].store(value, Ordering::Relaxed);
+    }
+
     /// CR8.
     #[inline]
     pub(super) fn cr8(&self) -> u8 {
-        (self.tpr.load(Ordering::Relaxed) >> 4 & 0xF) as u8
+        (self.load(regs::TPR) >> 4 & 0xF) as u8
     }
 
     #[inline]
     pub(super) fn set_cr8(&self, cr8: u8) {
-        self.tpr.store(u32::from(cr8 & 0xF) << 4, Ordering::Relaxed);
+        self.store(regs::TPR, u32::from(cr8 & 0xF) << 4);
     }
 }
 

@@ -4,10 +4,12 @@
 //! VMX operation is entered and left inside one stretch of interrupts off (see [`insn`]); between two of them a vCPU's state is in its
 //! VMCS in memory, which the CPU alone can read, and in the copies that [`state`] keeps.
 //!
-//! Not supported: CPUs without EPT or unrestricted guest, nested virtualization, APIC virtualization, SMM, SGX.
+//! Not supported: CPUs without EPT or unrestricted guest, nested virtualization, posted interrupts, IPI virtualization, SMM,
+//! SGX.
 // Not `forbid`, which `insn` could not lift.
 #![deny(unsafe_code)]
 
+mod apic;
 mod cpu;
 mod entry;
 mod insn;

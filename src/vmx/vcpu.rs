@@ -5,9 +5,10 @@
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
+    apic::Apic,
     cpu::Vmx,
     entry::{flush, own},
-    insn::{VirtualApic, WriteLog},
+    insn::WriteLog,
     pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
     timer::RunTimer,
@@ -32,28 +33,30 @@ use crate::{
         event::{vector, Event},
         Exit, Regs, SystemRegs,
     },
+    irqchip::{lapic::Lapic, Bits256},
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
         tsc::{Format, GuestTsc, Ratio},
-        vmx::event::{injection, Injection},
+        vmx::event::{injection, interruptibility_for, Injection},
     },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 /// One vCPU.
 pub(crate) struct VmxVcpu {
     pub(super) machine: Machine,
     pub(super) state: GuestState,
     pub(super) id: VcpuId,
-    pub(super) virtual_apic: PhysBox<VirtualApic>,
     /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
     pub(super) write_log: Option<PhysBox<WriteLog>>,
     pub(super) logs_writes: bool,
     pub(super) run_timer: RunTimer,
+    pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
     pub(super) tsc: GuestTsc,
     pub(super) nested_root: Hpa,
@@ -69,6 +72,8 @@ pub(crate) struct VmxVcpu {
     /// The exception bitmap, and what of it the VMCS has.
     pub(super) exceptions: u32,
     pub(super) written_exceptions: u32,
+    /// RFLAGS.TF is userspace's.
+    pub(super) user_steps: bool,
     /// Fields of this room's own to be written: bits of [`own`].
     pub(super) dirty: u8,
 
@@ -101,10 +106,10 @@ impl Vendor for Vmx {
             machine: Machine::new(self.clone())?,
             state: GuestState::new(),
             id: VcpuId::new(),
-            virtual_apic: PhysBox::new()?,
             write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
             logs_writes: false,
             run_timer: RunTimer::new(self.config.features.preemption_timer),
+            apic: Apic::new()?,
             vpid: self.take_vpid(),
             tsc: GuestTsc { ratio: Ratio::ONE, offset: 0 },
             nested_root: Hpa(0),
@@ -117,6 +122,7 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
+            user_steps: false,
             dirty: own::CONSTANT | own::CONTROL | own::SECONDARY,
             injection: None,
             unfinished: None,
@@ -146,6 +152,10 @@ impl Vendor for Vmx {
         }
     }
 
+    fn nested_accessed(&self) -> bool {
+        self.config.features.accessed_dirty
+    }
+
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
     }
@@ -160,6 +170,11 @@ impl Vendor for Vmx {
         } else {
             0
         }
+    }
+
+    fn has_apic_page(&self) -> bool {
+        let features = &self.config.features;
+        features.apic_access && features.apic_registers && features.virtual_interrupts
     }
 }
 
@@ -187,6 +202,7 @@ impl VmxVcpu {
 
 impl VendorVcpu for VmxVcpu {
     const NMI_WINDOW: bool = true;
+    const DELIVERS: bool = true;
 
     fn reset(&mut self, init: bool) {
         if core::mem::take(&mut self.rsp_left) {
@@ -388,8 +404,6 @@ impl VendorVcpu for VmxVcpu {
 
     fn inject(&mut self, event: Event) {
         match event {
-            // It must not find NMIs blocked; the delivery blocks them.
-            Event::Nmi => self.state.set_interruptibility(&self.machine, interruptibility::NMI, 0),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
                     (vector::PF, Some(address)) => self.state.cr2 = address,
@@ -404,6 +418,8 @@ impl VendorVcpu for VmxVcpu {
             _ => {}
         }
         self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
+        let state = self.state.interruptibility(&self.machine);
+        self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
     }
 
     #[inline]
@@ -435,6 +451,11 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::INTERRUPT_WINDOW_EXITING, wanted);
     }
 
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.primary & primary::INTERRUPT_WINDOW_EXITING != 0
+    }
+
     fn want_nmi_window(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::NMI_WINDOW_EXITING, wanted);
     }
@@ -445,6 +466,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_breakpoints(&mut self, wanted: bool) {
         set_bit(&mut self.exceptions, 1 << vector::BP, wanted);
+    }
+
+    fn set_user_steps(&mut self, steps: bool) {
+        self.user_steps = steps;
     }
 
     fn want_all_msrs(&mut self, wanted: bool) {
@@ -473,12 +498,47 @@ impl VendorVcpu for VmxVcpu {
 
     #[inline]
     fn tpr(&self) -> u8 {
-        self.virtual_apic.cr8()
+        self.apic.page.cr8()
     }
 
     #[inline]
     fn set_tpr(&mut self, cr8: u8) {
-        self.virtual_apic.set_cr8(cr8);
+        self.apic.set_cr8(cr8);
+    }
+
+    fn set_apic_page(&mut self, page: Hpa) {
+        self.apic.set_window(page);
+    }
+
+    fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
+        if self.apic.choose(&self.machine.host.config.features, apic) {
+            self.dirty |= own::SECONDARY;
+            // What is cached of the APIC-access page depends on the control. SDM "Virtualizing Memory-Mapped APIC Accesses".
+            self.flush |= flush::NESTED;
+        }
+        self.apic.delivers()
+    }
+
+    fn uses_apic_page(&self) -> bool {
+        self.apic.has_window()
+    }
+
+    fn set_eoi_listeners(&mut self, vectors: &Bits256) {
+        self.apic.set_listeners(vectors);
+    }
+
+    fn hand_over(&mut self, lapic: &mut Lapic, all: bool, irqs: &IrqsOff) {
+        if self.dirty & own::SECONDARY != 0 {
+            self.prepare_rarely(irqs);
+        }
+        // Without a VMCS there is no entry.
+        if let Some(vmcs) = self.machine.vmcs.current(irqs) {
+            self.apic.hand_over(vmcs, lapic, all);
+        }
+    }
+
+    fn take_back(&mut self, lapic: &mut Lapic) {
+        self.apic.take_back(lapic);
     }
 
     #[inline]

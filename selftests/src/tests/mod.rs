@@ -4,6 +4,7 @@
 use krabtest::harness::Group;
 
 pub mod api;
+pub mod apicv;
 pub mod client;
 pub mod deadline;
 pub mod debug;
@@ -17,11 +18,13 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod random_state;
 pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
 pub mod tsc;
+pub mod vmms;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
@@ -39,10 +42,13 @@ pub const GROUPS: &[Group] = &[
     faults::GROUP,
     lapic::GROUP,
     deadline::GROUP,
+    apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    random_state::GROUP,
+    vmms::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];

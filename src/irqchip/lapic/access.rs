@@ -54,6 +54,7 @@ impl Lapic {
             return LapicWork::default();
         }
         let value = value as u32;
+        self.image_stale |= !matches!(offset, regs::EOI | regs::TPR);
         let written = match offset {
             regs::EOI => return LapicWork { eoi: self.eoi(), ..LapicWork::default() },
             regs::ICR => {
@@ -82,6 +83,26 @@ impl Lapic {
             self.refuse(offset);
             LapicWork::default()
         })
+    }
+
+    /// The guest wrote a register in a CPU's image of the APIC, where `value` is now: in x2APIC mode by its MSR. For the ICR in xAPIC mode
+    /// `value` has the upper half, too, which was written before.
+    pub fn image_written(&mut self, offset: u32, value: u64, now_ns: u64) -> LapicWork {
+        if self.is_x2apic() {
+            let msr = X2APIC_FIRST.saturating_add(offset >> 4);
+            return self.write_msr(msr, value, now_ns).unwrap_or_default();
+        }
+        let stale = self.image_stale;
+        if offset == regs::ICR {
+            self.set_icr(value as u32, (value >> 32) as u32);
+        }
+        let work = self.mmio_write(offset, 4, value & LOW_HALF, now_ns);
+        let alone = matches!(offset, regs::ICR | regs::TIMER_INITIAL | regs::TIMER_DIVIDE);
+        if alone && self.read_register(offset, now_ns) == Some(value as u32) {
+            // No other register follows it: the image is right.
+            self.image_stale = stale;
+        }
+        work
     }
 
     /// There is no such register. AMD's extended ones, which a guest on an AMD CPU may look for, are passed over.

@@ -42,6 +42,7 @@ impl Lapic {
             return Err(Gp);
         }
         self.base = value;
+        self.image_stale = true;
         let old = core::mem::replace(&mut self.mode, mode);
         if old != mode && mode == Mode::XApic {
             self.xapic_id = self.id as u8;

@@ -2,10 +2,12 @@
 //! Handing the interrupts of an APIC to a CPU that delivers them to the guest itself, and taking them back. SDM "APIC Virtualization and
 //! Virtual Interrupts".
 //!
-//! While a CPU has them, what it works on is the truth; everything else of the APIC stays here.
+//! While a CPU has them, what it works on is the truth for IRR, ISR and TPR; everything else of the APIC stays here. What becomes pending
+//! meanwhile gathers in the IRR here, until it is handed over, too. In xAPIC mode the guest reads the other registers from the CPU's image
+//! of them, and the CPU writes the ICR there.
 #![forbid(unsafe_code)]
 
-use super::{regs, Lapic};
+use super::{regs, Lapic, Lvt};
 use crate::irqchip::Bits256;
 
 /// What a CPU needs to deliver interrupts, and changes by it.
@@ -24,13 +26,74 @@ impl Lapic {
         Delivery { irr: self.irr, isr: self.isr, tpr: self.tpr }
     }
 
-    /// Takes back what the CPU made of it.
-    pub fn set_delivery(&mut self, delivery: &Delivery) {
-        self.irr = delivery.irr;
+    /// The CPU has what [`delivery`](Self::delivery) said: nothing is pending here any more.
+    #[inline]
+    pub fn handed_over(&mut self) {
+        self.irr = Bits256::EMPTY;
+        self.highest_irr = 0;
+    }
+
+    /// What became pending while the CPU had the rest: it gets these, too. And those of them that are level-triggered.
+    #[inline]
+    pub fn take_pending(&mut self) -> (Bits256, Bits256) {
+        let levels = self.level_vectors();
+        let pending = self.irr;
+        self.handed_over();
+        (pending, levels)
+    }
+
+    /// Takes back what the CPU made of it, beside what became pending here meanwhile.
+    pub fn take_back(&mut self, delivery: &Delivery) {
+        for (index, word) in delivery.irr.words().into_iter().enumerate() {
+            *self.irr.word_mut(index) |= word;
+        }
         self.isr = delivery.isr;
         self.highest_irr = self.irr.highest();
         self.highest_isr = self.isr.highest();
         self.set_tpr(delivery.tpr);
+    }
+
+    /// Whether there is something for a CPU that has the interrupts.
+    #[inline]
+    pub const fn has_news(&self) -> bool {
+        self.highest_irr != 0 || self.image_stale
+    }
+
+    /// Whether a register was written that the CPU's image holds, since the last call.
+    #[inline]
+    pub fn take_image_stale(&mut self) -> bool {
+        core::mem::take(&mut self.image_stale)
+    }
+
+    /// The ICR as the guest left it in the CPU's image.
+    pub fn set_icr(&mut self, low: u32, high: u32) {
+        self.icr = (u64::from(high & 0xFF00_0000) << 32 | u64::from(low)) & !regs::ICR_BUSY;
+    }
+
+    /// Those registers of an image of the APIC in xAPIC mode that [`Delivery::store`] does not write, and that the guest reads there.
+    pub fn store_image(&self, mut store: impl FnMut(u32, u32)) {
+        store(regs::ID, self.id_register());
+        store(regs::VERSION, self.version());
+        store(regs::LDR, self.ldr_register());
+        store(regs::DFR, self.dfr);
+        store(regs::SVR, self.svr);
+        store(regs::ESR, self.esr);
+        store(regs::ICR, self.icr as u32);
+        store(regs::ICR2, (self.icr >> 32) as u32);
+        for lvt in Lvt::ALL {
+            if lvt != Lvt::Cmci {
+                store(lvt.offset(), self.lvt[lvt as usize & 7]);
+            }
+        }
+        store(regs::TIMER_INITIAL, self.timer.initial());
+        store(regs::TIMER_DIVIDE, self.divide);
+    }
+
+    /// The trigger mode register, to an image of the APIC.
+    pub fn store_trigger_modes(&self, mut store: impl FnMut(u32, u32)) {
+        for index in 0..8u32 {
+            store(regs::TMR + 0x10 * index, self.tmr.dword(index as usize));
+        }
     }
 
     /// The highest vector in service.
@@ -46,8 +109,8 @@ impl Lapic {
     /// by now.
     pub fn level_vectors(&self) -> Bits256 {
         let mut vectors = self.tmr;
-        for index in 0..4 {
-            *vectors.word_mut(index) &= self.irr.words()[index] | self.isr.words()[index];
+        for (index, (pending, in_service)) in self.irr.words().into_iter().zip(self.isr.words()).enumerate() {
+            *vectors.word_mut(index) &= pending | in_service;
         }
         vectors
     }
@@ -123,7 +186,8 @@ mod tests {
         delivery.irr.clear(0x84);
         delivery.isr.set(0x84);
         delivery.tpr = 0x50;
-        theirs.set_delivery(&delivery);
+        theirs.handed_over();
+        theirs.take_back(&delivery);
         let ended = theirs.ended(0xEF);
         assert_eq!(ours.eoi(), Some(ended));
         ours.acknowledge(0x84);
@@ -131,6 +195,46 @@ mod tests {
         assert_eq!(ours, theirs);
         assert_eq!(theirs.highest_in_service(), Some(0x84));
         assert_eq!(theirs.highest_pending(), None, "0x53 is below the priority of what is in service");
+    }
+
+    #[test]
+    fn what_comes_meanwhile_is_not_lost() {
+        let mut lapic = lapic();
+        let delivery = lapic.delivery();
+        lapic.handed_over();
+        assert!(lapic.take_image_stale());
+        assert!(!lapic.has_news() && lapic.highest_pending().is_none());
+        assert!(lapic.accept(0x99, true) && lapic.accept(0x42, false));
+        assert!(lapic.has_news());
+        let mut twin = lapic.clone();
+        let (pending, levels) = lapic.take_pending();
+        assert!(pending.test(0x99) && pending.test(0x42) && !pending.test(0x31) && !lapic.has_news());
+        assert!(levels.test(0x99) && !levels.test(0x42));
+        // Not handed over before all of it comes back.
+        twin.take_back(&delivery);
+        assert!([0x31, 0x42, 0x52, 0x53, 0x84, 0x99].into_iter().all(|vector| twin.is_eoi_outstanding(vector)));
+        assert_eq!(twin.highest_irr(), Some(0x99));
+    }
+
+    #[test]
+    fn the_image_is_what_the_guest_would_read() {
+        let mut lapic = lapic();
+        for (offset, value) in [(regs::ICR2, 0x0300_0000), (regs::LDR, 0x0200_0000), (0x320, 0x2_0040), (0x380, 77)] {
+            let _ = lapic.mmio_write(offset, 4, value, 0);
+        }
+        assert!(lapic.take_image_stale() && !lapic.take_image_stale());
+        let mut image = BTreeMap::new();
+        lapic.store_image(|offset, value| assert!(image.insert(offset, value).is_none()));
+        lapic.store_trigger_modes(|offset, value| assert!(image.insert(offset, value).is_none()));
+        lapic.delivery().store(|offset, value| assert!(image.insert(offset, value).is_none()));
+        for (offset, value) in image {
+            assert_eq!(lapic.mmio_read(offset, 4, 0), value.into(), "{offset:#x}");
+        }
+        // Ending an interrupt and the priority are the CPU's.
+        let _ = (lapic.mmio_write(regs::EOI, 4, 0, 0), lapic.mmio_write(regs::TPR, 4, 0x20, 0));
+        assert!(!lapic.take_image_stale());
+        lapic.set_icr(0x1_4031, 0xFF12_3456);
+        assert_eq!((lapic.mmio_read(regs::ICR, 4, 0), lapic.mmio_read(regs::ICR2, 4, 0)), (0x1_4031, 0xFF00_0000));
     }
 
     #[test]
@@ -150,7 +254,8 @@ mod tests {
         let mut lapic = lapic();
         let mut delivery = Delivery::default();
         (0..16).for_each(|vector| delivery.irr.set(vector));
-        lapic.set_delivery(&delivery);
+        lapic.handed_over();
+        lapic.take_back(&delivery);
         assert_eq!((lapic.highest_pending(), lapic.highest_in_service(), lapic.ppr()), (None, None, 0));
     }
 }

@@ -111,6 +111,8 @@ pub struct Lapic {
     /// Bits 31:24 of the xAPIC's LDR. (r)
     logical_id: u8,
     is_bsp: bool,
+    /// A register was written that [`Lapic::store_image`] tells of. (r)
+    image_stale: bool,
     features: LapicFeatures,
     /// The CPU's own ID. (o)
     id: u32,
@@ -144,6 +146,7 @@ impl Lapic {
             xapic_id: id as u8,
             logical_id: 0,
             is_bsp,
+            image_stale: true,
             features,
             id,
             irr: Bits256::EMPTY,
@@ -189,12 +192,14 @@ impl Lapic {
         }
         self.divide = 0;
         self.timer = Timer::new();
+        self.image_stale = true;
         LapicWork { timer_changed: true, card_changed: true, ..LapicWork::default() }
     }
 
     /// The CPU model changed (KVM_SET_CPUID2, KVM_X86_SETUP_MCE): before the guest runs.
     pub fn set_features(&mut self, features: LapicFeatures) {
         self.features = features;
+        self.image_stale = true;
     }
 
     /// Which CPU boots (KVM_SET_BOOT_CPU_ID): takes effect with the next power-on reset.

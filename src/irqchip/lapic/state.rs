@@ -82,6 +82,7 @@ impl Lapic {
             self.xapic_id = (id >> 24) as u8;
             self.logical_id = (get(state, regs::LDR) >> 24) as u8;
         }
+        self.image_stale = true;
         self.tpr = get(state, regs::TPR) as u8;
         self.dfr = get(state, regs::DFR) | DFR_FIXED;
         let directed = if self.features.directed_eoi { SVR_DIRECTED_EOI } else { 0 };

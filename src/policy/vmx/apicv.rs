@@ -72,11 +72,12 @@ pub const fn with_requesting(status: u16, vector: u8) -> u16 {
 }
 
 /// EOI-exit bitmap, lowest vectors first. `listened`: the vectors whose EOI the I/O APIC or userspace wants to hear of, as the routing is
-/// now. What is under way as a level-triggered interrupt is heard of although the routing has changed since.
-pub fn eoi_exit_bitmap(listened: &Bits256, lapic: &Lapic) -> [u64; 4] {
+/// now. `levels`: what is under way as a level-triggered interrupt is heard of although the routing has changed since. An EOI without an
+/// interrupt in service counts as vector 0, and the illegal ones are never in service.
+pub fn eoi_exit_bitmap(listened: &Bits256, levels: &Bits256) -> [u64; 4] {
     let [a, b, c, d] = listened.words();
-    let [e, f, g, h] = lapic.level_vectors().words();
-    [a | e, b | f, c | g, d | h]
+    let [e, f, g, h] = levels.words();
+    [(a | e) & !0xFFFF, b | f, c | g, d | h]
 }
 
 /// TPR threshold when software delivers: the CPU exits as soon as the guest's task priority class is below it. 0: never.
@@ -183,18 +184,19 @@ mod tests {
         let mut listened = Bits256::EMPTY;
         listened.set(0x31);
         listened.set(0xFF);
+        listened.set(0);
         lapic.accept(0x52, true);
         lapic.accept(0x53, false);
-        let bitmap = eoi_exit_bitmap(&listened, &lapic);
+        let bitmap = eoi_exit_bitmap(&listened, &lapic.level_vectors());
         assert_eq!(bitmap, [1 << 0x31, 1 << (0x52 - 64), 0, 1 << 63]);
         lapic.acknowledge(0x52);
         assert_eq!(
-            eoi_exit_bitmap(&Bits256::EMPTY, &lapic),
+            eoi_exit_bitmap(&Bits256::EMPTY, &lapic.level_vectors()),
             [0, 1 << (0x52 - 64), 0, 0],
             "in service, and not routed any more"
         );
         let _ = lapic.eoi();
-        assert_eq!(eoi_exit_bitmap(&Bits256::EMPTY, &lapic), [0; 4]);
+        assert_eq!(eoi_exit_bitmap(&Bits256::EMPTY, &lapic.level_vectors()), [0; 4]);
     }
 
     #[test]
