@@ -17,7 +17,7 @@ use crate::{
     guest_tsc::VcpuTsc,
     mmu::guest_mem::GuestMem,
     new_irq_spinlock,
-    policy::tsc::GuestTsc,
+    policy::tsc::{GuestTsc, Ratio},
     vcpu::{request, Peer, State},
     vendor::Vendor,
     vm::Vm,
@@ -46,6 +46,9 @@ struct Clock {
     written_at: u64,
     offset: u64,
     khz: u32,
+    /// The TSC from which the others go on, and when (in host TSC).
+    began: u64,
+    began_at: u64,
 }
 
 impl Clock {
@@ -76,6 +79,8 @@ impl VmClock {
             written_at: tsc,
             offset: tsc.wrapping_neg(),
             khz: timer::tsc_khz(),
+            began: 0,
+            began_at: tsc,
         };
         pin_init!(Self { state <- new_irq_spinlock!(clock, "krab::clock") })
     }
@@ -101,6 +106,12 @@ impl VmClock {
         }
     }
 
+    /// What a TSC shows that has run from the beginning with `ratio`, as a new vCPU's and one that userspace has just set should.
+    pub(crate) fn exact_tsc(&self, ratio: Ratio) -> GuestTsc {
+        let state = *self.state.lock();
+        GuestTsc::showing(state.began, state.began_at, ratio)
+    }
+
     /// The TSC offset for a vCPU whose TSC userspace sets to `value`. As in KVM, 0 and values less than a second from where the last one
     /// written is by now mean "the same as the others": userspace writes them one after another.
     /// "The others" have the same frequency.
@@ -112,6 +123,7 @@ impl VmClock {
         let second = u64::from(tsc.khz()) * 1000;
         if state.khz != tsc.khz() || value != 0 && expected.abs_diff(value) >= second {
             state.offset = GuestTsc::showing(value, now, ratio).offset;
+            (state.began, state.began_at) = (value, now);
         }
         (state.written, state.written_at, state.khz) = (value, now, tsc.khz());
         state.offset

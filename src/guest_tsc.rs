@@ -37,7 +37,15 @@ impl VcpuTsc {
 
     /// Shows what the VM's other vCPUs do.
     pub(crate) fn start(&mut self, clock: &VmClock) {
-        self.set_offset(clock.tsc_offset(self));
+        self.now.offset = clock.tsc_offset(self);
+        self.follow(clock);
+    }
+
+    /// What it should show is what the VM's other vCPUs should.
+    fn follow(&mut self, clock: &VmClock) {
+        if let Some(wanted) = &mut self.wanted {
+            *wanted = clock.exact_tsc(wanted.ratio);
+        }
     }
 
     /// The frequency that userspace asked for.
@@ -113,6 +121,13 @@ impl<V: Vendor> State<V> {
 
     pub(crate) fn set_tsc_offset(&mut self, offset: u64) {
         self.tsc.set_offset(offset);
+        self.tsc_changed();
+    }
+
+    /// Userspace sets the TSC.
+    pub(crate) fn write_tsc(&mut self, value: u64, clock: &VmClock) {
+        self.tsc.now.offset = clock.write_tsc(value, &self.tsc);
+        self.tsc.follow(clock);
         self.tsc_changed();
     }
 

@@ -114,7 +114,7 @@ impl<V: Vendor> State<V> {
                 return Ok(());
             }
             (Register::Tsc, _) if by == By::Host => {
-                self.set_tsc_offset(vm.clock.write_tsc(value, &self.tsc));
+                self.write_tsc(value, &vm.clock);
                 return Ok(());
             }
             (Register::Tsc, _) => {

@@ -3,6 +3,7 @@
 //! before its time.
 
 use krabtest::guest::*;
+use krabtest::harness::tcg;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::*;
@@ -17,7 +18,7 @@ tests! { "deadline";
     with_another_frequency;
 }
 
-// R10: interrupts so far. R9: the deadline.
+// R10: interrupts so far. R9: the deadline. R15: by how much everything takes longer.
 macro_rules! deadline_payload {
     ($name:ident, $($line:literal,)*) => {
         payload! { $name, 64,
@@ -29,7 +30,8 @@ macro_rules! deadline_payload {
             "sti",
             "jmp 99f",
             // Sets a deadline in RAX ticks.
-            "91: mov r9, rax",
+            "91: imul rax, r15",
+            "mov r9, rax",
             "call 90f",
             "add rax, r9",
             "mov r9, rax",
@@ -57,7 +59,8 @@ macro_rules! deadline_payload {
             "jne 98f",
             "ret",
             // Nothing comes in RAX ticks.
-            "94: mov r12, rax",
+            "94: imul rax, r15",
+            "mov r12, rax",
             "call 90b",
             "add r12, rax",
             "95: call 90b",
@@ -207,6 +210,8 @@ fn guest(code: &[u8]) -> Guest {
     cpuid.set(1, [eax, ebx, ecx | 1 << 24, edx]);
     assert_ok!(g.cpu.set_cpuid(&cpuid));
     g.set_eoi(Eoi::Xapic);
+    // Where time passes while the machine does something else, the guest must not be late.
+    g.cpu.set_regs(&kvm_regs { r15: if tcg() { 50 } else { 1 }, ..g.cpu.regs() });
     g
 }
 
