@@ -38,6 +38,7 @@ mod irq_eventfd;
 mod memory;
 mod msrs;
 mod run;
+mod slot_table;
 mod stats;
 mod svm;
 mod to_user;
