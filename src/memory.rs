@@ -80,6 +80,8 @@ pub(crate) struct Mapped<F: Format + 'static> {
     #[pin]
     nested: SpinLock<Nested<F>>,
     peers: Arc<Peers>,
+    /// Hardware marks the pages that it uses. Where it does not, one that is mapped was used, and is unmapped to see whether it is used again.
+    accessed: bool,
 }
 
 /// What hardware's nested tables can be.
@@ -87,6 +89,7 @@ pub(crate) struct Mapped<F: Format + 'static> {
 pub(crate) struct NestedLimits {
     levels: u8,
     largest: Level,
+    accessed: bool,
     no_large_execute: bool,
     catch: Catch,
     apic_page: bool,
@@ -97,6 +100,7 @@ impl NestedLimits {
         Self {
             levels: hardware.nested_levels(),
             largest: hardware.nested_largest(),
+            accessed: hardware.nested_accessed(),
             no_large_execute: hardware.no_large_execute(),
             catch: if hardware.write_log_entries() > 0 { Catch::Log } else { Catch::Fault },
             apic_page: hardware.has_apic_page(),
@@ -137,8 +141,9 @@ mod apic_page {
 }
 
 impl<F: Format + 'static> Mapped<F> {
-    /// Unmaps `count` frames from `start` and waits until no CPU uses them.
-    fn unmap(&self, start: Gfn, count: u64) {
+    /// Unmaps `count` frames from `start` and waits until no CPU uses them. Returns whether one was mapped.
+    fn unmap(&self, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
         let mut next = Some(start);
         let end = start.0.saturating_add(count);
         while let Some(from) = next {
@@ -152,8 +157,10 @@ impl<F: Format + 'static> Mapped<F> {
             }
             // Hardware has let go of the tables now.
             drop(retired);
+            mapped |= progress.flush;
             next = progress.next;
         }
+        mapped
     }
 
     /// Calls `f` with the frames of every slot that lie in the range of host addresses.
@@ -164,11 +171,18 @@ impl<F: Format + 'static> Mapped<F> {
 
 impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
     fn invalidate(&self, start: Hva, end: Hva, _may_block: bool) {
-        self.for_each_range(start, end, |first, count| self.unmap(first, count));
+        self.for_each_range(start, end, |first, count| {
+            self.unmap(first, count);
+        });
     }
 
     fn clear_young(&self, start: Hva, end: Hva, flush: bool) -> bool {
         let mut young = false;
+        if !self.accessed {
+            // With a flush also where none is asked for: nothing remembers that one is owed.
+            self.for_each_range(start, end, |first, count| young |= self.unmap(first, count));
+            return young;
+        }
         self.for_each_range(start, end, |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
@@ -185,7 +199,10 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
         self.for_each_range(at, at.wrapping_add(1), |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
-            young |= table.test_accessed(pages, first, count);
+            young |= match self.accessed {
+                true => table.test_accessed(pages, first, count),
+                false => table.maps_any(pages, first, count),
+            };
         });
         young
     }
@@ -212,6 +229,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     slots <- SrcuCell::new(Slots::new())?,
                     nested <- new_spinlock!(nested),
                     peers,
+                    accessed: limits.accessed,
                 })),
                 update <- new_mutex!(Numbers::new()),
                 root,

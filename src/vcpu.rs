@@ -371,6 +371,8 @@ pub(crate) struct Core<V: Vendor> {
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
+    /// Frequency of the guest's TSC as userspace has it: the host's, or very near it.
+    pub(crate) tsc_khz: u32,
     /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
     pub(crate) sipi_vector: u8,
 }
@@ -481,6 +483,7 @@ impl<V: Vendor> Vcpu<V> {
             found: None,
             ran: false,
             signal_mask: None,
+            tsc_khz: timer::tsc_khz(),
             sipi_vector: 0,
         };
         Ok(Arc::pin_init(

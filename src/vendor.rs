@@ -35,6 +35,9 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// The largest page that a nested table maps.
     fn nested_largest(&self) -> Level;
 
+    /// Whether the CPU marks the entries of nested tables that it uses as accessed.
+    fn nested_accessed(&self) -> bool;
+
     /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
     fn no_large_execute(&self) -> bool;
 

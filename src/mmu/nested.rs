@@ -357,6 +357,13 @@ impl<F: Format> NestedTable<F> {
         young
     }
 
+    /// Whether a page that has a frame among `count` from `start` is mapped: it was used, where hardware does not say so itself.
+    pub fn maps_any<T: Tables>(&self, tables: &mut T, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
+        self.for_each_leaf(tables, start, count, &mut |_: &mut T, _, _, _| mapped = true);
+        mapped
+    }
+
     /// The table at `target` on the way to `gfn`, with tables made and large pages split on the way. `None`: a larger
     /// page already gives what `leaf` wants for the host page `hpa`.
     #[inline]

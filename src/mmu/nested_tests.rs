@@ -513,6 +513,7 @@ fn aging_and_dirty_bits() {
     }
     tree.map(&mut fake, Gfn(0x400), Hpa(0x400000), Level::Page2M, Prot::touched(true, true)).unwrap();
     assert!(!tree.test_accessed(&mut fake, Gfn(0), 0x400));
+    assert!(tree.maps_any(&mut fake, Gfn(0), 0x401) && !tree.maps_any(&mut fake, Gfn(0), 0));
     assert!(tree.test_accessed(&mut fake, Gfn(0), 0x401));
     assert!(tree.clear_accessed(&mut fake, Gfn(0), 0x500));
     assert!(!tree.clear_accessed(&mut fake, Gfn(0), 0x500));

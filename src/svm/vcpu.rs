@@ -129,6 +129,10 @@ impl Vendor for Svm {
         Level::Page1G
     }
 
+    fn nested_accessed(&self) -> bool {
+        true
+    }
+
     fn no_large_execute(&self) -> bool {
         false
     }

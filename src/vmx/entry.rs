@@ -57,7 +57,8 @@ pub(super) mod flush {
 
 impl VmxVcpu {
     fn ept_pointer(&self) -> u64 {
-        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | eptp::ACCESSED_DIRTY
+        let accessed_dirty = if self.machine.host.config.features.accessed_dirty { eptp::ACCESSED_DIRTY } else { 0 };
+        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | accessed_dirty
     }
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {

@@ -148,6 +148,10 @@ impl Vendor for Vmx {
         }
     }
 
+    fn nested_accessed(&self) -> bool {
+        self.config.features.accessed_dirty
+    }
+
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
     }

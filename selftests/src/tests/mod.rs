@@ -22,6 +22,7 @@ pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod vmms;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
@@ -43,6 +44,7 @@ pub const GROUPS: &[Group] = &[
     client::GROUP,
     windows::GROUP,
     random_state::GROUP,
+    vmms::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];
