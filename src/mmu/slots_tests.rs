@@ -44,7 +44,8 @@ fn apply(slots: &mut Vec<Slot<()>>, request: &Request, change: Change) {
 
 #[test]
 fn rules() {
-    let slots = Vec::from([slot(0, 0, 0xA0, 0), slot(5, 0x100, 0x1000, flags::LOG_DIRTY_PAGES), slot(2, 0x2000, 0x10, 0)]);
+    let slots =
+        Vec::from([slot(0, 0, 0xA0, 0), slot(5, 0x100, 0x1000, flags::LOG_DIRTY_PAGES), slot(2, 0x2000, 0x10, 0)]);
     let hva = 0x1010_0000;
     let (invalid, overlap) = (Err(SlotError::Invalid), Err(SlotError::Overlap));
     #[rustfmt::skip]
