@@ -116,6 +116,11 @@ impl Vendor for Svm {
         Ok(vcpu)
     }
 
+    fn guest_xsaves(&self) -> bool {
+        // There is no intercept.
+        true
+    }
+
     fn nested_levels(&self) -> u8 {
         // Nested walks have the depth of the host's own paging. APM Vol. 2 "Nested Paging".
         if self.features.la57 {
