@@ -40,6 +40,7 @@ mod irq_eventfd;
 mod memory;
 mod msrs;
 mod run;
+mod slot_table;
 mod software;
 mod stats;
 mod svm;

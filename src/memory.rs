@@ -33,14 +33,10 @@ use crate::{
         slots::{self, flags, Change, SlotError},
         Format, MemoryType, Prot,
     },
+    slot_table::{DirtyLog, Known, Numbers, Slot, Slots},
     vcpu::Peers,
     vendor::Vendor,
 };
-
-/// One bit a page, set when the page is written.
-type DirtyLog = Option<Arc<KVVec<AtomicU64>>>;
-type Slot = slots::Slot<DirtyLog>;
-type Slots = KVVec<Slot>;
 
 /// First frame that no slot may reach: four levels of nested tables.
 const END: Gfn = Gfn(1 << 36);
@@ -119,7 +115,7 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     space: AddressSpace<Mapped<F>>,
     /// One change of the slots, or harvest of a log, at a time.
     #[pin]
-    update: Mutex<()>,
+    update: Mutex<Numbers>,
     root: Hpa,
     /// The largest page that is mapped.
     largest: Level,
@@ -168,12 +164,8 @@ impl<F: Format + 'static> Mapped<F> {
     }
 
     /// Calls `f` with the frames of every slot that lie in the range of host addresses.
-    fn for_each_range(&self, start: Hva, end: Hva, mut f: impl FnMut(Gfn, u64)) {
-        for slot in self.slots.read().iter() {
-            if let Some((first, count)) = slot.frames_in(start, end) {
-                f(first, count);
-            }
-        }
+    fn for_each_range(&self, start: Hva, end: Hva, f: impl FnMut(Gfn, u64)) {
+        self.slots.read().for_each_range(start, end, f);
     }
 }
 
@@ -239,7 +231,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     peers,
                     accessed: limits.accessed,
                 })),
-                update <- new_mutex!(()),
+                update <- new_mutex!(Numbers::new()),
                 root,
                 largest: limits.largest,
                 catch: limits.catch,
@@ -327,46 +319,39 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             memory_size: region.memory_size,
             userspace_addr: region.userspace_addr,
         };
-        let _update = self.update.lock();
+        let mut numbers = self.update.lock();
         let old = self.space.slots.read();
-        let change =
-            slots::plan(&old, &request, &slots::Limits { end: END, user_end: USER_END }).map_err(|e| match e {
-                SlotError::Invalid => EINVAL,
-                SlotError::Overlap => EEXIST,
-            })?;
-        let mut new = Slots::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
-        for slot in old.iter() {
-            new.push(slot.clone(), GFP_KERNEL_ACCOUNT)?;
-        }
-        drop(old);
-        let (gone, changed) = match change {
+        let limits = slots::Limits { end: END, user_end: USER_END };
+        let change = slots::plan(&Known(&old, &numbers), &request, &limits).map_err(|error| match error {
+            SlotError::Invalid => EINVAL,
+            SlotError::Overlap => EEXIST,
+        })?;
+        let id = request.slot as u16;
+        let gone = match change {
             Change::Nothing => return Ok(()),
-            Change::Create { to } => {
-                let log = self.new_log(&request)?;
-                new.insert_within_capacity(to, slots::slot_of(&request, log)).map_err(|_| ENOMEM)?;
-                (None, None)
-            }
-            Change::Delete { from } => (Some(new.remove(from).map_err(|_| EINVAL)?), None),
-            Change::Move { from, to } => {
-                let old = new.remove(from).map_err(|_| EINVAL)?;
-                let log = self.new_log(&request)?;
-                new.insert_within_capacity(to, slots::slot_of(&request, log)).map_err(|_| ENOMEM)?;
-                (Some(old), None)
-            }
-            Change::FlagsOnly { from } => {
-                let slot = new.get_mut(from).ok_or(EINVAL)?;
-                *slot = slots::slot_of(&request, self.new_log(&request)?);
-                (None, Some(slot.clone()))
-            }
+            Change::Delete { from } | Change::Move { from } => old.find(from).cloned(),
+            Change::Create | Change::FlagsOnly => None,
         };
-        let hardware_logs = self.catch == Catch::Log && new.iter().any(Slot::logs_dirty);
+        let rest = gone.as_ref().map(|slot| old.without(slot.base)).transpose()?;
+        let slot = match change {
+            Change::Delete { .. } => None,
+            _ => Some(slots::slot_of(&request, self.new_log(&request)?)),
+        };
+        let new = match (&slot, rest) {
+            (Some(slot), rest) => rest.as_ref().unwrap_or(&old).with(slot.clone())?,
+            (None, rest) => rest.ok_or(EINVAL)?,
+        };
+        drop(old);
+        numbers.reserve(id)?;
+        let hardware_logs = self.catch == Catch::Log && new.logs_dirty();
         if hardware_logs {
             // Before a fault maps a page of a slot with a log for writing.
             self.space.peers.log_writes(true);
         }
         // No fault handler knows the old slots after this, so none maps anything of them after the unmapping.
-        let hides_apics = slots::find(&new, APIC_FRAME, 0).is_some();
+        let hides_apics = new.find(APIC_FRAME).is_some();
         self.space.slots.replace(new)?;
+        numbers.set(id, slot.as_ref().map(|slot| slot.base));
         if !hardware_logs {
             self.space.peers.log_writes(false);
         }
@@ -377,6 +362,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             self.space.unmap(slot.base, slot.pages);
         }
         // With all pages dirty from the start it is KVM_CLEAR_DIRTY_LOG that has their next writes caught.
+        let changed = slot.filter(|_| change == Change::FlagsOnly);
         if let Some(slot) = changed.filter(|slot| slot.logs_dirty() && !self.initially_dirty.load(Relaxed)) {
             // In parts, so that faults of other slots get in between.
             let mut flush = false;
@@ -400,9 +386,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         if self.space.peers.ring_entries() != 0 {
             return Err(ENXIO);
         }
-        let _update = self.update.lock();
+        let numbers = self.update.lock();
         let slots = self.space.slots.read();
-        let (slot, words) = logged(&slots, request.slot)?;
+        let (slot, words) = logged(&slots, &numbers, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
         let manual = self.manual_protect.load(Relaxed);
         self.collect_written();
@@ -437,9 +423,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         if self.space.peers.ring_entries() != 0 {
             return Err(ENXIO);
         }
-        let _update = self.update.lock();
+        let numbers = self.update.lock();
         let slots = self.space.slots.read();
-        let (slot, words) = logged(&slots, request.slot)?;
+        let (slot, words) = logged(&slots, &numbers, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
         let count = dirty::check_clear(slot.pages, request.first_page, request.num_pages).map_err(|_| EINVAL)?;
         self.collect_written();
@@ -478,13 +464,12 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         if self.space.peers.ring_entries() == 0 {
             return Err(EINVAL);
         }
-        let _update = self.update.lock();
+        let numbers = self.update.lock();
         let slots = self.space.slots.read();
         let mut count = 0usize;
         for ring in self.space.peers.iter().filter_map(|peer| peer.ring.as_ref()) {
             let protect = |number: u32, page: u64| {
-                let id = u16::try_from(number).ok();
-                let slot = id.and_then(|id| slots::find_id(&slots, id)).and_then(|at| slots.get(at));
+                let slot = u16::try_from(number).ok().and_then(|id| numbers.find(&slots, id));
                 if let Some(slot) = slot.filter(|slot| page < slot.pages) {
                     let mut nested = self.space.nested.lock();
                     let Nested { table, pages } = &mut *nested;
@@ -528,7 +513,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     pub(crate) fn fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
         let slots = self.space.slots.read();
         let gfn = fault.gpa.gfn();
-        let Some(slot) = slots::find(&slots, gfn, 0).and_then(|at| slots.get(at)) else {
+        let Some(slot) = slots.find(gfn) else {
             return self.device_fault(fault, may_sleep);
         };
         let Some(hva) = slot.hva_of(gfn) else { return Ok(Fault::Mmio) };
@@ -646,9 +631,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
 }
 
 /// A slot and its log. `ENOENT` where there is none.
-fn logged(slots: &Slots, number: u32) -> Result<(&Slot, &KVVec<AtomicU64>)> {
+fn logged<'a>(slots: &'a Slots, numbers: &Numbers, number: u32) -> Result<(&'a Slot, &'a KVVec<AtomicU64>)> {
     let id = u16::try_from(number).map_err(|_| EINVAL)?;
-    let slot = slots::find_id(slots, id).and_then(|at| slots.get(at)).ok_or(ENOENT)?;
+    let slot = numbers.find(slots, id).ok_or(ENOENT)?;
     let words = slot.attachment.as_ref().ok_or(ENOENT)?;
     Ok((slot, words))
 }
@@ -674,7 +659,7 @@ impl View<'_> {
     /// Where `gpa` is in the address space, if the access is allowed.
     #[inline]
     fn place(&self, gpa: Gpa, write: bool) -> Result<(&Slot, Hva), Refused> {
-        let slot = slots::find(&self.slots, gpa.gfn(), 0).and_then(|at| self.slots.get(at)).ok_or(Refused::NotRam)?;
+        let slot = self.slots.find(gpa.gfn()).ok_or(Refused::NotRam)?;
         if write && !slot.writable() {
             return Err(Refused::ReadOnly);
         }
@@ -684,7 +669,7 @@ impl View<'_> {
 
     /// The guest wrote to the page of `gpa`.
     pub(crate) fn written(&self, gpa: Gpa) {
-        if let Some(slot) = slots::find(&self.slots, gpa.gfn(), 0).and_then(|at| self.slots.get(at)) {
+        if let Some(slot) = self.slots.find(gpa.gfn()) {
             mark_dirty(self.peers, slot, gpa.gfn());
         }
     }

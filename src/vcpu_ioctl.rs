@@ -11,7 +11,7 @@ use crate::{
         vm::{KvmDeviceAttr, KvmEnableCap, KvmPreFaultMemory},
         FromZeros, IntoBytes,
     },
-    arch::{Gpa, Gva, Hva},
+    arch::{cr::cr4, Gpa, Gva, Hva},
     dev::each_msr,
     enable_cap::Enabled,
     glue::{fpu, lock::lock_killable, timer, user},
@@ -22,7 +22,11 @@ use crate::{
     },
     irqchip::lapic::STATE_BYTES,
     mmu::{guest_mem::GuestMem, walk},
-    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
+    policy::{
+        caps::GuestCaps,
+        cpuid_table::CpuidTable,
+        msr::{By, Reported},
+    },
     stats::StatsFile,
     vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -228,6 +232,15 @@ impl<V: Vendor> Vcpu<V> {
                 user::write(at, &control)
             }),
             KVM_X86_SETUP_MCE => with(at, |cap: u64| core.state.msrs.setup_mce(cap).map_err(|_| EINVAL)),
+            KVM_X86_SET_MCE => with(at, |error: KvmX86Mce| {
+                let takes = core.state.hw.cr4() & cr4::MCE != 0;
+                match core.state.msrs.report_mce(&error, takes).map_err(|_| EINVAL)? {
+                    Reported::Quietly => {}
+                    Reported::MachineCheck => core.state.events.raise(Exception::plain(vector::MC)),
+                    Reported::Shutdown => core.state.events.triple_fault = true,
+                }
+                Ok(())
+            }),
             KVM_SET_SIGNAL_MASK => {
                 core.signal_mask = match arg {
                     0 => None,

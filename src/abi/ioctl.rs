@@ -174,7 +174,7 @@ ioctls! {
     KVM_SET_GUEST_DEBUG = iow::<KvmGuestDebug>(0x9B), 0x4048_AE9B, C, Supported;
     KVM_X86_SETUP_MCE = iow::<u64>(0x9C), 0x4008_AE9C, C, Supported;
     KVM_X86_GET_MCE_CAP_SUPPORTED = ior::<u64>(0x9D), 0x8008_AE9D, S, Supported;
-    KVM_X86_SET_MCE = iow::<KvmX86Mce>(0x9E), 0x4040_AE9E, C, Refused;
+    KVM_X86_SET_MCE = iow::<KvmX86Mce>(0x9E), 0x4040_AE9E, C, Supported;
     KVM_GET_VCPU_EVENTS = ior::<KvmVcpuEvents>(0x9F), 0x8040_AE9F, C, Supported;
     KVM_SET_VCPU_EVENTS = iow::<KvmVcpuEvents>(0xA0), 0x4040_AEA0, C, Supported;
     KVM_GET_DEBUGREGS = ior::<KvmDebugregs>(0xA1), 0x8080_AEA1, C, Supported;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Memory slots: which guest frames are backed by which addresses of the virtual machine monitor.
 //!
-//! The slots of a VM are a slice sorted by guest frame, without overlap and without empty slots; the caller owns the
-//! storage. KVM API "KVM_SET_USER_MEMORY_REGION"; the order of the checks, which decides between errors, is KVM's.
+//! The slots of a VM are sorted by guest frame, without overlap and without empty slots; the caller owns the storage, a
+//! [`Table`] of some kind. KVM API "KVM_SET_USER_MEMORY_REGION"; the order of the checks, which decides between errors, is KVM's.
 //! Not supported: other address spaces than 0, guest_memfd.
 #![forbid(unsafe_code)]
 
 use crate::arch::addr::{PAGE_SHIFT, PAGE_SIZE};
 use crate::arch::{Gfn, Hva, Level};
 
-/// Slots that userspace may have, ids 0 to 8191: KVM_CAP_NR_MEMSLOTS. A change copies all of them, so there are not as many as in KVM.
-pub const USER_SLOTS: u32 = 8192;
+/// Slots that userspace may have, ids 0 to 32763: KVM_CAP_NR_MEMSLOTS. KVM has three more for itself.
+pub const USER_SLOTS: u32 = 32764;
 /// Most pages in a slot, so that a dirty bitmap is indexed with 31 bits.
 pub const MAX_PAGES: u64 = (1 << 31) - 1;
 
@@ -69,11 +69,16 @@ impl<B> Slot<B> {
         self.flags & flags::LOG_DIRTY_PAGES != 0
     }
 
+    /// First address past the slot.
+    #[inline]
+    pub fn hva_end(&self) -> Hva {
+        Hva(self.hva.0.saturating_add(self.pages << PAGE_SHIFT))
+    }
+
     /// The frames that lie in the host range from `start` to before `end`, also partly: first frame and count.
     pub fn frames_in(&self, start: Hva, end: Hva) -> Option<(Gfn, u64)> {
-        let slot_end = self.hva.0.saturating_add(self.pages << PAGE_SHIFT);
         let start = start.0.max(self.hva.0);
-        let end = end.0.min(slot_end);
+        let end = end.0.min(self.hva_end().0);
         if start >= end {
             return None;
         }
@@ -114,9 +119,13 @@ fn search<B>(slots: &[Slot<B>], gfn: Gfn) -> Option<usize> {
     slots.get(at)?.contains(gfn).then_some(at)
 }
 
-/// The position of the slot with number `id`.
-pub fn find_id<B>(slots: &[Slot<B>], id: u16) -> Option<usize> {
-    slots.iter().position(|slot| slot.id == id)
+/// The slots of a VM, as [`plan`] needs them.
+pub trait Table<B> {
+    /// The slot with number `id`.
+    fn with_id(&self, id: u16) -> Option<&Slot<B>>;
+
+    /// The last slot that begins below `base`, and the first one that does not.
+    fn around(&self, base: Gfn) -> [Option<&Slot<B>>; 2];
 }
 
 /// What userspace asks for: `struct kvm_userspace_memory_region`.
@@ -140,13 +149,13 @@ pub struct Limits {
     pub user_end: Hva,
 }
 
-/// What a request amounts to. Positions are those in the slice; `to` is the one after the old slot has been taken out.
+/// What a request amounts to. `from` is where the slot begins that there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    Create { to: usize },
-    Delete { from: usize },
-    Move { from: usize, to: usize },
-    FlagsOnly { from: usize },
+    Create,
+    Delete { from: Gfn },
+    Move { from: Gfn },
+    FlagsOnly,
     Nothing,
 }
 
@@ -172,7 +181,7 @@ pub fn slot_of<B>(request: &Request, attachment: B) -> Slot<B> {
 }
 
 /// Checks a request against the slots there are.
-pub fn plan<B>(slots: &[Slot<B>], request: &Request, limits: &Limits) -> Result<Change, SlotError> {
+pub fn plan<B>(slots: &impl Table<B>, request: &Request, limits: &Limits) -> Result<Change, SlotError> {
     let aligned = (request.memory_size | request.guest_phys_addr | request.userspace_addr) % PAGE_SIZE == 0;
     let in_user_half =
         request.userspace_addr.checked_add(request.memory_size).is_some_and(|end| end <= limits.user_end.0);
@@ -187,11 +196,11 @@ pub fn plan<B>(slots: &[Slot<B>], request: &Request, limits: &Limits) -> Result<
     {
         return Err(SlotError::Invalid);
     }
-    let from = find_id(slots, request.slot as u16);
-    let old = from.and_then(|from| slots.get(from));
+    let id = request.slot as u16;
+    let old = slots.with_id(id);
     let base = Gfn(request.guest_phys_addr >> PAGE_SHIFT);
     if pages == 0 {
-        return from.map(|from| Change::Delete { from }).ok_or(SlotError::Invalid);
+        return old.map(|old| Change::Delete { from: old.base }).ok_or(SlotError::Invalid);
     }
     if let Some(old) = old {
         if request.userspace_addr != old.hva.0
@@ -201,26 +210,19 @@ pub fn plan<B>(slots: &[Slot<B>], request: &Request, limits: &Limits) -> Result<
             return Err(SlotError::Invalid);
         }
         if base == old.base {
-            let same = request.flags == old.flags;
-            return Ok(from.filter(|_| !same).map_or(Change::Nothing, |from| Change::FlagsOnly { from }));
+            return Ok(if request.flags == old.flags { Change::Nothing } else { Change::FlagsOnly });
         }
     }
     // No overflow: both addends were page counts of 64-bit byte addresses.
     let end = base.0 + pages;
-    let to = slots.partition_point(|slot| slot.base < base);
-    let clashes =
-        |at: usize| Some(at) != from && slots.get(at).is_some_and(|slot| slot.base.0 < end && base.0 < slot.end().0);
     // Only the neighbours can overlap. If one of them is the slot itself, on the move, then what lies beyond it is
     // out of reach: the size does not change.
-    if (to.saturating_sub(1)..to.saturating_add(1)).any(clashes) {
+    let clashes = |slot: &Slot<B>| slot.id != id && slot.base.0 < end && base.0 < slot.end().0;
+    if slots.around(base).into_iter().flatten().any(clashes) {
         return Err(SlotError::Overlap);
     }
     if end > limits.end.0 {
         return Err(SlotError::Invalid);
     }
-    Ok(match from {
-        None => Change::Create { to },
-        Some(from) if from < to => Change::Move { from, to: to - 1 },
-        Some(from) => Change::Move { from, to },
-    })
+    Ok(old.map_or(Change::Create, |old| Change::Move { from: old.base }))
 }

@@ -27,6 +27,7 @@ tests! { "client";
     boot_cpu;
     task_priority_page;
     task_priority_reports;
+    many_scattered_slots(60);
     msr_filter;
     msr_filter_while_vcpus_are_made;
 }
@@ -486,4 +487,66 @@ fn msr_filter_while_vcpus_are_made() {
         let event = event_of(&cpu, g.ram);
         assert!(matches!(event, Event::Exception { vector: 13, .. }), "vCPU {id} has no filter: {event:x?}");
     }
+}
+
+payload! { cl_read, 64,
+    "2: mov eax, [rsi]",
+    "out 0xef, eax",
+    "jmp 2b",
+}
+
+/// Slots made and deleted in no particular order, and the last one that there may be. (Each change waits for all readers, so not all of them.)
+fn many_scattered_slots() {
+    const FIRST: u64 = 0x1000_0000;
+    let g = Guest::long(cl_read());
+    let limit = g.vm.cap(KVM_CAP_NR_MEMSLOTS) as u32;
+    assert!(limit >= 32764, "{limit}");
+    let count = 2000;
+    let ram = Ram::new(0, 16 * 4096);
+    (0..16).for_each(|page| ram.write_u64(page * 4096, 0x600d_0000 + page));
+    let gpa = |slot: u32| FIRST + u64::from(slot) * 0x2000;
+    let set =
+        |slot: u32, len: u64, gpa: u64| g.vm.set_slot(slot, 0, gpa, len, ram.hva as u64 + u64::from(slot % 16) * 4096);
+    // The number of slots has no factor of these.
+    let scattered = |factor: u64| (1..u64::from(count)).map(move |n| (n * factor % u64::from(count)) as u32);
+    let go_to = |at: u64| {
+        let mut regs = g.cpu.regs();
+        (regs.rip, regs.rsi) = (CODE, at);
+        g.cpu.set_regs(&regs);
+    };
+    let check = |slot: u32, at: u64| {
+        go_to(at);
+        assert_eq!(g.report(), 0x600d_0000 + slot % 16, "slot {slot}");
+    };
+    for slot in scattered(4099).filter(|slot| *slot != 0) {
+        assert_ok!(set(slot, 4096, gpa(slot)));
+    }
+    assert_ok!(set(limit - 1, 4096, gpa(limit - 1)));
+    check(limit - 1, gpa(limit - 1));
+    assert_err!(set(limit, 4096, gpa(limit)), EINVAL, "one too many");
+    assert_err!(g.vm.set_slot(0, 0, gpa(77), 4096, ram.hva as u64), EINVAL, "slot 0 is another one");
+    assert_err!(set(78, 4096, gpa(77)), EEXIST, "where another slot is");
+    (1..count).step_by(101).for_each(|slot| check(slot, gpa(slot)));
+    check(count - 1, gpa(count - 1));
+    // Some go, some move behind them all, and nobody else notices.
+    let goes = |slot: u32| slot % 3 == 1;
+    let moves = |slot: u32| slot % 30 == 2;
+    for slot in scattered(8209).filter(|slot| *slot != 0) {
+        if goes(slot) {
+            assert_ok!(set(slot, 0, gpa(slot)));
+        } else if moves(slot) {
+            assert_ok!(set(slot, 4096, gpa(slot + count)));
+        }
+    }
+    for slot in (1..count).step_by(11) {
+        if goes(slot) || moves(slot) {
+            go_to(gpa(slot));
+            assert!(matches!(assert_ok!(g.cpu.run()), Exit::Mmio { write: false, .. }), "slot {slot} is still there");
+            assert_ok!(g.cpu.run());
+        }
+        if !goes(slot) {
+            check(slot, if moves(slot) { gpa(slot + count) } else { gpa(slot) });
+        }
+    }
+    assert_err!(set(1, 0, gpa(1)), EINVAL, "deleted twice");
 }

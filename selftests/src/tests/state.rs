@@ -36,6 +36,7 @@ tests! { "state";
     kvmclock_follows_tsc;
     kvmclock_guest_stopped;
     clock_read_while_it_is_set;
+    machine_check;
     moved_to_another_vm;
 }
 
@@ -613,4 +614,39 @@ fn moved_to_another_vm() {
         }
         g = to;
     }
+}
+
+payload! { st_dones, 64, "2: out 0xed, al", "jmp 2b" }
+
+/// KVM_X86_SET_MCE: an error goes to the guest's banks, and as #MC to its handler; one too many ends it.
+fn machine_check() {
+    let g = Guest::long(st_dones());
+    let mut sregs = g.cpu.sregs();
+    sregs.cr4 |= 1 << 6;
+    g.cpu.set_sregs(&sregs);
+    assert_ok!(g.cpu.set(KVM_X86_SETUP_MCE, &(10u64 | 1 << 8)));
+    let error = |bank, status, mcg_status| kvm_x86_mce {
+        status,
+        addr: 0x1234_5000,
+        misc: 0x8c,
+        mcg_status,
+        bank,
+        ..Default::default()
+    };
+    let (valid, fatal) = (1u64 << 63, 0xa6u64 << 56);
+    let report = |error: kvm_x86_mce| g.cpu.set(KVM_X86_SET_MCE, &error);
+    assert_err!(report(error(10, valid, 0)), EINVAL, "a bank that is not there");
+    assert_err!(report(error(1, !valid, 0)), EINVAL, "no error");
+    assert_ok!(report(error(1, valid | 0x17, 0)));
+    g.expect_done();
+    assert_eq!(
+        [0x405, 0x406, 0x407].map(|index| g.cpu.msr(index)),
+        [Some(valid | 0x17), Some(0x1234_5000), Some(0x8c)]
+    );
+    assert_ok!(report(error(2, fatal, 5)));
+    assert_eq!(g.exception(0), (18, 0));
+    g.expect_done();
+    assert_eq!([0x409, 0x17a].map(|index| g.cpu.msr(index)), [Some(fatal), Some(5)]);
+    assert_ok!(report(error(2, fatal, 5)));
+    assert_eq!(assert_ok!(g.cpu.run()), Exit::Shutdown, "the first one is not over");
 }

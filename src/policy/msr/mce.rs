@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Machine-check registers: kept, checked, and never filled in. SDM Vol. 3 "Machine-Check MSRs", APM Vol. 2 "Machine Check Architecture MSRs".
+//! Machine-check registers: kept and checked; only userspace reports errors in them. SDM Vol. 3 "Machine-Check MSRs", APM Vol. 2 "Machine Check Architecture MSRs".
 #![forbid(unsafe_code)]
 
 use crate::abi::cap::MCE_BANKS;
+use crate::abi::vcpu::KvmX86Mce;
 use crate::arch::msr;
 
 const BANKS: usize = MCE_BANKS as usize;
@@ -16,7 +17,30 @@ pub const MCE_CAP_SUPPORTED: u64 = CTL_PRESENT | SOFTWARE_RECOVERY;
 /// Number of banks, and the number of extended registers.
 const COUNTS: u64 = 0xFF | 0xFF << 16;
 
-/// KVM_X86_SETUP_MCE with no bank, too many, or a feature that is not there: EINVAL.
+/// MCG_STATUS: a machine check is being handled.
+const IN_PROGRESS: u64 = 1 << 2;
+
+/// Bits of a bank's status.
+mod status {
+    pub(super) const VALID: u64 = 1 << 63;
+    pub(super) const OVERFLOW: u64 = 1 << 62;
+    pub(super) const UNCORRECTED: u64 = 1 << 61;
+    /// The context is corrupt; the error was signalled; action is required.
+    pub(super) const SIGNALLED: u64 = 1 << 57 | 1 << 56 | 1 << 55;
+}
+
+/// What KVM_X86_SET_MCE means for the guest beside what its registers show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reported {
+    Quietly,
+    /// #MC.
+    MachineCheck,
+    /// A machine check while one is handled, or with CR4.MCE off.
+    Shutdown,
+}
+
+/// KVM_X86_SETUP_MCE with no bank, too many, or a feature that is not there; KVM_X86_SET_MCE of an error that is none, or in a bank that
+/// is not there: EINVAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadMce;
 
@@ -48,6 +72,39 @@ impl Mce {
             *ctl = u64::MAX;
         }
         Ok(())
+    }
+
+    /// KVM_X86_SET_MCE: an error happened. `takes`: the guest's CR4.MCE.
+    pub fn report(&mut self, error: &KvmX86Mce, takes: bool) -> Result<Reported, BadMce> {
+        let place = self.place(msr::MC0_CTL.wrapping_add(u32::from(error.bank) * 4)).ok_or(BadMce)?;
+        if error.status & status::VALID == 0 {
+            return Err(BadMce);
+        }
+        let reports_all = self.cap & CTL_PRESENT == 0 || self.ctl == u64::MAX;
+        let Some([ctl, bank @ ..]) = self.banks.get_mut(place..).and_then(|banks| banks.first_chunk_mut::<4>()) else {
+            return Err(BadMce);
+        };
+        let old = bank[0];
+        let uncorrected = error.status & status::UNCORRECTED != 0;
+        let quiet = !uncorrected || error.mcg_status == 0 && error.status & status::SIGNALLED == 0;
+        if !quiet {
+            if !reports_all || *ctl != u64::MAX {
+                return Ok(Reported::Quietly);
+            }
+            if self.status & IN_PROGRESS != 0 || !takes {
+                return Ok(Reported::Shutdown);
+            }
+        }
+        if uncorrected {
+            self.status = error.mcg_status;
+        } else if old & status::VALID != 0 && old & status::UNCORRECTED != 0 {
+            // The worse one stays.
+            bank[0] |= status::OVERFLOW;
+            return Ok(Reported::Quietly);
+        }
+        let lost = if old & status::VALID != 0 && !(quiet && uncorrected) { status::OVERFLOW } else { 0 };
+        *bank = [error.status | lost, error.addr, error.misc];
+        Ok(if quiet { Reported::Quietly } else { Reported::MachineCheck })
     }
 
     /// The place in `banks` of a bank register that exists. Masked, so that a mispredicted comparison cannot reach

@@ -19,10 +19,10 @@ mod mtrr;
 mod tests;
 
 pub use list::{feature_list, feature_value, index_list};
-pub use mce::{BadMce, MCE_CAP_SUPPORTED};
+pub use mce::{BadMce, Reported, MCE_CAP_SUPPORTED};
 
 use super::caps::GuestCaps;
-use crate::abi::pvclock::KVM_STEAL_TIME_RESERVED;
+use crate::abi::{pvclock::KVM_STEAL_TIME_RESERVED, vcpu::KvmX86Mce};
 use crate::arch::addr::{is_canonical, Gpa};
 use crate::arch::cpuid::{kvm_eax, Vendor};
 use crate::arch::{cr::efer, msr};
@@ -252,6 +252,11 @@ impl MsrState {
     /// KVM_X86_SETUP_MCE.
     pub fn setup_mce(&mut self, mcg_cap: u64) -> Result<(), BadMce> {
         self.mce.setup(mcg_cap)
+    }
+
+    /// KVM_X86_SET_MCE. `takes`: the guest's CR4.MCE.
+    pub fn report_mce(&mut self, error: &KvmX86Mce, takes: bool) -> Result<Reported, BadMce> {
+        self.mce.report(error, takes)
     }
 
     /// Whether there is such an MSR at all, whoever may access it: what tells KVM_MSR_EXIT_REASON_INVAL from ..._UNKNOWN.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::*;
+use crate::abi::FromZeros;
 use crate::arch::cpuid::Vendor;
 use crate::policy::cpuid::PV_FEATURES;
 use std::vec::Vec;
@@ -523,4 +524,51 @@ fn an_unknown_msr_is_told_from_a_wrong_access() {
     let knows = |index| bench.state.knows(&bench.context(By::Guest), index);
     assert!(knows(msr::EFER) && knows(msr::PAT) && knows(msr::PLATFORM_INFO) && knows(msr::PRED_CMD));
     assert!(!knows(0xDEAD_BEEF) && !knows(0x474F_4F00) && !knows(msr::FEATURE_CONTROL));
+}
+
+#[test]
+fn machine_checks_that_userspace_reports() {
+    let mut bench = Bench::new(Vendor::Amd);
+    bench.state.setup_mce(10 | 1 << 8).unwrap();
+    let (valid, over, uncorrected, corrupt) = (1u64 << 63, 1u64 << 62, 1u64 << 61, 1u64 << 57);
+    let error = |bank, status, mcg_status| KvmX86Mce {
+        status,
+        addr: 0x1234,
+        misc: 0x56,
+        mcg_status,
+        bank,
+        ..KvmX86Mce::new_zeroed()
+    };
+    for bad in [error(10, valid, 0), error(255, valid, 0), error(0, !valid, 0)] {
+        assert_eq!(bench.state.report_mce(&bad, true), Err(BadMce));
+    }
+    let bank_1 = |bench: &mut Bench| {
+        [1, 2, 3].map(|n| match bench.read(By::Host, msr::MC0_CTL + 4 + n) {
+            Read::Value(value) => value,
+            other => panic!("{other:?}"),
+        })
+    };
+    // Corrected ones, and what software may repair: no exception.
+    assert_eq!(bench.state.report_mce(&error(1, valid, 0), true), Ok(Reported::Quietly));
+    assert_eq!(bank_1(&mut bench), [valid, 0x1234, 0x56]);
+    assert_eq!(bench.state.report_mce(&error(1, valid | 7, 0), true), Ok(Reported::Quietly));
+    assert_eq!(bank_1(&mut bench)[0], valid | over | 7);
+    assert_eq!(bench.state.report_mce(&error(1, valid | uncorrected, 0), true), Ok(Reported::Quietly));
+    assert_eq!(bank_1(&mut bench)[0], valid | uncorrected);
+    assert_eq!(bench.state.report_mce(&error(1, valid | 9, 0), true), Ok(Reported::Quietly));
+    assert_eq!(bank_1(&mut bench)[0], valid | over | uncorrected, "the worse one stays");
+    // One that the guest must hear of; not while it handles one, nor when it does not take any.
+    let fatal = valid | uncorrected | corrupt;
+    assert_eq!(bench.state.report_mce(&error(1, fatal, 5), false), Ok(Reported::Shutdown));
+    assert_eq!(bench.state.report_mce(&error(1, fatal, 5), true), Ok(Reported::MachineCheck));
+    assert_eq!(bank_1(&mut bench)[0], fatal | over);
+    assert_eq!(bench.read(By::Guest, msr::MCG_STATUS), Read::Value(5));
+    assert_eq!(bench.state.report_mce(&error(1, fatal, 5), true), Ok(Reported::Shutdown));
+    // Reporting is off, in the bank or everywhere.
+    assert_eq!(bench.write(By::Guest, msr::MCG_STATUS, 0), Write::Done);
+    assert_eq!(bench.write(By::Guest, msr::MC0_CTL + 8, 0), Write::Done);
+    assert_eq!(bench.state.report_mce(&error(2, fatal, 5), false), Ok(Reported::Quietly));
+    assert_eq!(bench.read(By::Guest, msr::MC0_CTL + 9), Read::Value(0));
+    assert_eq!(bench.write(By::Guest, msr::MCG_CTL, 0), Write::Done);
+    assert_eq!(bench.state.report_mce(&error(3, fatal, 5), false), Ok(Reported::Quietly));
 }
