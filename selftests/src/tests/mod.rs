@@ -3,9 +3,11 @@
 
 use krabtest::harness::Group;
 
+pub mod aging;
 pub mod api;
 pub mod apicv;
 pub mod client;
+pub mod control;
 pub mod debug;
 pub mod dirty_log;
 pub mod eventfds;
@@ -29,12 +31,14 @@ pub const GROUPS: &[Group] = &[
     api::GROUP,
     real_mode::GROUP,
     long_mode::GROUP,
+    control::GROUP,
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    aging::GROUP,
     dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
