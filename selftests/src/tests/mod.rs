@@ -3,9 +3,11 @@
 
 use krabtest::harness::Group;
 
+pub mod aging;
 pub mod api;
 pub mod apicv;
 pub mod client;
+pub mod control;
 pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
@@ -31,6 +33,7 @@ pub const GROUPS: &[Group] = &[
     api::GROUP,
     real_mode::GROUP,
     long_mode::GROUP,
+    control::GROUP,
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
@@ -38,6 +41,7 @@ pub const GROUPS: &[Group] = &[
     state::GROUP,
     tsc::GROUP,
     memory::GROUP,
+    aging::GROUP,
     dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,

@@ -33,8 +33,10 @@ pub fn segments_fit(mode: Mode, flags: u64, segments: &[Segment; 6]) -> bool {
     let [es, cs, ss, ds, fs, gs] = segments;
     let segment = |s: &Segment| s.attributes.present() && s.attributes.0 & SegmentAttributes::S != 0;
     let code = segment(cs) && cs.attributes.kind() & KIND_CODE != 0;
-    let stack = !ss.attributes.present()
-        || segment(ss) && (ss.selector ^ cs.selector) & RPL == 0 && u16::from(ss.attributes.dpl()) == ss.selector & RPL;
+    // Of a null stack segment, too.
+    let rpl = ss.selector & RPL;
+    let stack =
+        (!ss.attributes.present() || segment(ss)) && cs.selector & RPL == rpl && u16::from(ss.attributes.dpl()) == rpl;
     let data = [es, ds, fs, gs].into_iter().all(|s| {
         let conforming = s.attributes.kind() >= KIND_CONFORMING_CODE;
         !s.attributes.present() || segment(s) && (conforming || u16::from(s.attributes.dpl()) >= s.selector & RPL)
@@ -80,6 +82,7 @@ mod tests {
         assert!(!fits(Ss, 0x1233, 0x93), "a selector's privilege level that was a part of an address");
         assert!(!fits(Ds, 0x1233, 0x93));
         assert!(fits(Ds, 0x1230, 0x93) && fits(Gs, 3, 0) && fits(Ss, 0, 0));
+        assert!(!fits(Ss, 0x10, 0x60) && !fits(Ss, 3, 0x60), "a null stack segment has its level, too");
         assert!(fits(Es, 0x33, 0xCFB) && fits(Es, 0x1B, 0xC9E), "conforming code has no level to keep");
         assert!(!fits(Fs, 0x1B, 0xC9A) && !fits(Fs, 0x10, 0x82), "code of level 0 for level 3; a system segment");
         let mut v86 = flat();
