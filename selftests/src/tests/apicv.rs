@@ -50,7 +50,8 @@ fn exits(cpu: &Vcpu) -> u64 {
     assert!(len > 24, "statistics: {len}");
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
     let (name_size, count, descriptors, data) = (word(4), word(8), word(16), word(20));
-    let found = (0..count).map(|n| descriptors + n * (16 + name_size)).find(|at| bytes[at + 16..].starts_with(b"exits\0"));
+    let found =
+        (0..count).map(|n| descriptors + n * (16 + name_size)).find(|at| bytes[at + 16..].starts_with(b"exits\0"));
     let at = data + word(found.expect("a statistic \"exits\"") + 8);
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }

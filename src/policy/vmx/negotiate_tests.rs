@@ -18,7 +18,6 @@ use crate::arch::{
     },
 };
 
-
 fn config(cpu: &Cpu) -> Config {
     negotiate(&cpu.msrs, Options::ALL).unwrap_or_else(|refusal| panic!("{}: {refusal}", cpu.name))
 }
