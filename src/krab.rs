@@ -38,6 +38,7 @@ mod irq_eventfd;
 mod memory;
 mod msrs;
 mod run;
+mod software;
 mod stats;
 mod svm;
 mod to_user;
@@ -72,6 +73,10 @@ module! {
         ept_ad: u8 {
             default: 1,
             description: "0: Intel CPUs do not mark pages of guests as accessed and dirty",
+        },
+        unrestricted_guest: u8 {
+            default: 1,
+            description: "0: guests in real mode and without paging are emulated on Intel",
         },
         pml: u8 {
             default: 1,
@@ -121,6 +126,7 @@ fn vmx_options() -> VmxOptions {
         apicv: *module_parameters::apicv.value() != 0,
         pml: *module_parameters::pml.value() != 0,
         accessed_dirty: *module_parameters::ept_ad.value() != 0,
+        unrestricted_guest: *module_parameters::unrestricted_guest.value() != 0,
     }
 }
 
