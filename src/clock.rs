@@ -14,10 +14,12 @@ use crate::{
     },
     arch::Gpa,
     glue::{lock::IrqSpinLock, task, timer},
+    guest_tsc::VcpuTsc,
     mmu::guest_mem::GuestMem,
     new_irq_spinlock,
+    policy::tsc::{GuestTsc, Ratio},
     vcpu::{request, Peer, State},
-    vendor::{Vendor, VendorVcpu},
+    vendor::Vendor,
     vm::Vm,
 };
 
@@ -39,10 +41,14 @@ struct Clock {
     /// Host TSC at which the clock showed `base_ns`.
     base_tsc: u64,
     base_ns: u64,
-    /// The last TSC that userspace gave a vCPU, when (in host TSC), and the offset that came of it.
+    /// The last TSC that userspace gave a vCPU, when (in host TSC), the offset that came of it, and the TSC's frequency.
     written: u64,
     written_at: u64,
     offset: u64,
+    khz: u32,
+    /// The TSC from which the others go on, and when (in host TSC).
+    began: u64,
+    began_at: u64,
 }
 
 impl Clock {
@@ -66,7 +72,16 @@ impl VmClock {
     /// Shows 0 now. The guest's TSC is 0 now, too.
     pub(crate) fn new() -> impl PinInit<Self> {
         let tsc = timer::tsc();
-        let clock = Clock { base_tsc: tsc, base_ns: 0, written: 0, written_at: tsc, offset: tsc.wrapping_neg() };
+        let clock = Clock {
+            base_tsc: tsc,
+            base_ns: 0,
+            written: 0,
+            written_at: tsc,
+            offset: tsc.wrapping_neg(),
+            khz: timer::tsc_khz(),
+            began: 0,
+            began_at: tsc,
+        };
         pin_init!(Self { state <- new_irq_spinlock!(clock, "krab::clock") })
     }
 
@@ -81,22 +96,36 @@ impl VmClock {
         (state.base_tsc, state.base_ns) = (timer::tsc(), clock_ns);
     }
 
-    /// The TSC offset of a new vCPU: that of the others.
-    pub(crate) fn tsc_offset(&self) -> u64 {
-        self.state.lock().offset
+    /// The TSC offset of a new vCPU: that of the others, or the one with which a TSC of another frequency begins at 0.
+    pub(crate) fn tsc_offset(&self, tsc: &VcpuTsc) -> u64 {
+        let others = *self.state.lock();
+        if others.khz == tsc.khz() {
+            others.offset
+        } else {
+            self.write_tsc(0, tsc)
+        }
+    }
+
+    /// What a TSC shows that has run from the beginning with `ratio`, as a new vCPU's and one that userspace has just set should.
+    pub(crate) fn exact_tsc(&self, ratio: Ratio) -> GuestTsc {
+        let state = *self.state.lock();
+        GuestTsc::showing(state.began, state.began_at, ratio)
     }
 
     /// The TSC offset for a vCPU whose TSC userspace sets to `value`. As in KVM, 0 and values less than a second from where the last one
     /// written is by now mean "the same as the others": userspace writes them one after another.
-    pub(crate) fn write_tsc(&self, value: u64) -> u64 {
+    /// "The others" have the same frequency.
+    pub(crate) fn write_tsc(&self, value: u64, tsc: &VcpuTsc) -> u64 {
         let mut state = self.state.lock();
         let now = timer::tsc();
-        let expected = state.written.wrapping_add(now.wrapping_sub(state.written_at));
-        let second = u64::from(timer::tsc_khz()) * 1000;
-        if value != 0 && expected.abs_diff(value) >= second {
-            state.offset = value.wrapping_sub(now);
+        let ratio = tsc.relation().ratio;
+        let expected = state.written.wrapping_add(ratio.guest_ticks(now.wrapping_sub(state.written_at)));
+        let second = u64::from(tsc.khz()) * 1000;
+        if state.khz != tsc.khz() || value != 0 && expected.abs_diff(value) >= second {
+            state.offset = GuestTsc::showing(value, now, ratio).offset;
+            (state.began, state.began_at) = (value, now);
         }
-        (state.written, state.written_at) = (value, now);
+        (state.written, state.written_at, state.khz) = (value, now, tsc.khz());
         state.offset
     }
 }
@@ -176,7 +205,8 @@ impl<V: Vendor> State<V> {
         let tsc = timer::tsc();
         let clock_ns = vm.clock.at(tsc);
         let view = vm.memory.view(true);
-        if let (Some(at), Some(scale)) = (self.clock.system_time, scale()) {
+        let scale = TscScale::from_khz(self.tsc.running_khz());
+        if let (Some(at), Some(scale)) = (self.clock.system_time, scale) {
             // A reader must see an odd version while the rest changes.
             let version = self.clock.system_time_version.wrapping_add(2);
             self.clock.system_time_version = version;
@@ -187,13 +217,13 @@ impl<V: Vendor> State<V> {
             if core::mem::take(&mut self.clock.stopped) {
                 flags |= PVCLOCK_GUEST_STOPPED;
             }
-            if timer::tsc_is_stable() {
+            if timer::tsc_is_stable() && self.tsc.is_even() {
                 flags |= PVCLOCK_TSC_STABLE_BIT;
             }
             let mut info = PvclockVcpuTimeInfo {
                 version: version.wrapping_sub(1) | 1,
                 pad0: 0,
-                tsc_timestamp: tsc.wrapping_add(self.hw.tsc_offset()),
+                tsc_timestamp: self.tsc.relation().at(tsc),
                 system_time: clock_ns,
                 tsc_to_system_mul: scale.mul,
                 tsc_shift: scale.shift,

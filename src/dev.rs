@@ -82,6 +82,7 @@ impl<V: Vendor> Host<V> {
             max_vcpu_id: MAX_VCPUS,
             memory_slots: crate::mmu::slots::USER_SLOTS,
             xsave: xcr0 != 0,
+            tsc_scaling: hardware.tsc_format().is_some(),
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
         };
         Ok(Arc::new(

@@ -19,6 +19,7 @@ use crate::{
     },
     dev::MAX_VCPUS,
     dirty_ring::entries_of,
+    glue::timer,
     irqchip::{lapic::BUS_CYCLE_NS, routing::MAX_ROUTES},
     vcpu::Core,
     vendor::Vendor,
@@ -45,6 +46,8 @@ pub(crate) struct Enabled {
     boot_cpu: AtomicU32,
     /// The local APICs' bus clock.
     bus_cycle_ns: AtomicU64,
+    /// Frequency of new vCPUs' TSCs; 0: the host's.
+    tsc_khz: AtomicU32,
 }
 
 impl Enabled {
@@ -59,6 +62,7 @@ impl Enabled {
             max_vcpu_id: AtomicU32::new(0),
             boot_cpu: AtomicU32::new(0),
             bus_cycle_ns: AtomicU64::new(BUS_CYCLE_NS),
+            tsc_khz: AtomicU32::new(0),
         }
     }
 
@@ -91,6 +95,11 @@ impl Enabled {
         self.bus_cycle_ns.load(Relaxed)
     }
 
+    /// Frequency of new vCPUs' TSCs; 0: the host's.
+    pub(crate) fn tsc_khz(&self) -> u32 {
+        self.tsc_khz.load(Relaxed)
+    }
+
     pub(crate) fn boot_cpu(&self) -> u32 {
         self.boot_cpu.load(Relaxed)
     }
@@ -106,6 +115,21 @@ impl Enabled {
 }
 
 impl<V: Vendor> Vm<V> {
+    /// KVM_SET_TSC_KHZ on a VM: the frequency of its future vCPUs' TSCs; 0 is the host's. `EINVAL` when there are vCPUs, and for more than
+    /// the CPU can make of its own. One that cannot be otherwise counts for nothing, as in KVM.
+    pub(crate) fn set_tsc_khz(&self, khz: u32) -> Result {
+        let format = self.host.owner.hardware().tsc_format();
+        if format.is_some_and(|format| khz >= format.end_khz(timer::tsc_khz())) {
+            return Err(EINVAL);
+        }
+        let _setup = self.setup.lock();
+        if self.peers.len() > 0 {
+            return Err(EINVAL);
+        }
+        self.enabled.tsc_khz.store(khz, Relaxed);
+        Ok(())
+    }
+
     /// KVM_ENABLE_CAP on a VM. `EINVAL` for a capability that cannot be enabled, and for arguments it does not know.
     pub(crate) fn enable_cap(&self, request: &KvmEnableCap) -> Result {
         let enabled = &self.enabled;

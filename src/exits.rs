@@ -329,6 +329,10 @@ impl<V: Vendor> State<V> {
             }
             Exit::Hypercall => self.handle_hypercall(vm, false),
             Exit::InterruptWindow | Exit::WriteLogFull => Ok(()),
+            Exit::Deadline => {
+                self.run_deadline_came();
+                Ok(())
+            }
             Exit::NmiWindow => {
                 self.hw.want_nmi_window(false);
                 self.events.nmi_masked = false;

@@ -26,12 +26,14 @@ mod policy;
 mod apic;
 mod clock;
 mod coalesced;
+mod deadline;
 mod debug;
 mod dev;
 mod dirty_ring;
 mod emulation;
 mod enable_cap;
 mod exits;
+mod guest_tsc;
 mod hypercall;
 mod irq;
 mod irq_eventfd;
@@ -82,6 +84,10 @@ module! {
             default: 1,
             description: "0: Intel CPUs do not log the pages that guests write",
         },
+        preemption_timer: u8 {
+            default: 1,
+            description: "0: deadlines of running guests on Intel CPUs are kept by timers of the host, too",
+        },
         apicv: u8 {
             default: 1,
             description: "0: deliver guests' interrupts by software on Intel, too",
@@ -127,6 +133,7 @@ fn vmx_options() -> VmxOptions {
         pml: *module_parameters::pml.value() != 0,
         accessed_dirty: *module_parameters::ept_ad.value() != 0,
         unrestricted_guest: *module_parameters::unrestricted_guest.value() != 0,
+        preemption_timer: (*module_parameters::preemption_timer.value() != 0).then(glue::timer::tsc_khz),
     }
 }
 

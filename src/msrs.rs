@@ -34,11 +34,6 @@ pub(crate) enum Refused {
 }
 
 impl<V: Vendor> State<V> {
-    /// The guest's TSC now.
-    pub(crate) fn guest_tsc(&self) -> u64 {
-        timer::tsc().wrapping_add(self.hw.tsc_offset())
-    }
-
     /// IA32_APIC_BASE; without a local APIC in the kernel, that of an enabled one.
     pub(crate) fn apic_base(&self) -> u64 {
         self.lapic.as_ref().map_or(self.user_apic_base, |lapic| lapic.base())
@@ -119,15 +114,13 @@ impl<V: Vendor> State<V> {
                 return Ok(());
             }
             (Register::Tsc, _) if by == By::Host => {
-                self.hw.set_tsc_offset(vm.clock.write_tsc(value));
-                self.clock.request_update();
+                self.write_tsc(value, &vm.clock);
                 return Ok(());
             }
             (Register::Tsc, _) => {
                 let moved = value.wrapping_sub(self.guest_tsc());
-                self.hw.set_tsc_offset(self.hw.tsc_offset().wrapping_add(moved));
+                self.set_tsc_offset(self.tsc_offset().wrapping_add(moved));
                 self.msrs.moved_tsc(moved);
-                self.clock.request_update();
                 return Ok(());
             }
             (Register::TscAux, _) => {
@@ -143,8 +136,8 @@ impl<V: Vendor> State<V> {
                 lapic.write_base(value, self.caps.physical_bits.into(), by == By::Host).map_err(|_| Refused::Gp)?
             }
             (Register::TscDeadline, Some(lapic)) => {
-                let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
-                lapic.set_tsc_deadline(value, timer::now_ns(), tsc)
+                let tsc = self.tsc.relation().at(timer::tsc());
+                lapic.set_tsc_deadline(value, tsc)
             }
             (Register::TscDeadline, None) => return Ok(()),
             (Register::X2Apic(register), Some(lapic)) => lapic
@@ -169,10 +162,7 @@ impl<V: Vendor> State<V> {
     fn msr_effect(&mut self, effect: Effect) {
         match effect {
             Effect::Pat(value) => self.hw.set_msr(HardwareMsr::Pat, value),
-            Effect::TscOffset(moved) => {
-                self.hw.set_tsc_offset(self.hw.tsc_offset().wrapping_add(moved));
-                self.clock.request_update();
-            }
+            Effect::TscOffset(moved) => self.set_tsc_offset(self.tsc_offset().wrapping_add(moved)),
             Effect::SystemTime(at) => self.clock.set_system_time(at),
             Effect::WallClock(at) => self.clock.request_wall_clock(at),
             Effect::StealTime(at) => self.clock.set_steal_time(at),

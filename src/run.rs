@@ -282,6 +282,7 @@ impl<V: Vendor> Vcpu<V> {
         if !self.peer.inbox.is_empty() {
             core.state.drain_inbox(&self.vm, &self.peer);
         }
+        core.state.catch_up_tsc();
         let requests = self.peer.kick.take(u64::MAX);
         if requests & request::FLUSH_TLB != 0 {
             self.peer.stats.count(VcpuStat::TlbFlush);
@@ -317,6 +318,7 @@ impl<V: Vendor> Vcpu<V> {
             state.unhalted = false;
             return Ok(());
         }
+        state.arm_timer_for_sleep();
         let peer = &self.peer;
         let began = timer::now_ns();
         peer.stats.set(VcpuStat::Blocking, 1);
@@ -339,6 +341,9 @@ impl<V: Vendor> Vcpu<V> {
             let irqs = IrqsOff::new();
             cpu::rcu_quiescent(&irqs);
             if task::softirq_pending() {
+                return Slow::Work;
+            }
+            if session.state.tsc_lags() {
                 return Slow::Work;
             }
             let loaded = session.load(&irqs);

@@ -12,7 +12,6 @@ use crate::{
     arch::cr::{cr0, cr4},
     emul::{intercepted, Delivery, Intercepted, Step},
     exits::{Handled, ToUser},
-    glue::timer,
     guest::{event::vector, Event, Exception, Exit, Gpr},
     vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -152,7 +151,7 @@ impl<V: Vendor> State<V> {
             self.events.raise(if forbidden { Exception::GP0 } else { Exception::UD });
             return;
         }
-        let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
+        let tsc = self.guest_tsc();
         self.set_gpr(Gpr::Rax, tsc & 0xFFFF_FFFF);
         self.set_gpr(Gpr::Rdx, tsc >> 32);
         if with_aux {

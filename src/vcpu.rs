@@ -12,7 +12,6 @@ use kernel::{
 use crate::{
     abi::{
         ioctl::KVM_RUN,
-        pvclock::TscScale,
         stats::VmStat,
         vcpu::{
             KvmCpuidEntry2, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
@@ -26,6 +25,7 @@ use crate::{
         segment::{Segment, SegmentName},
     },
     clock::VcpuClock,
+    deadline::Deadlines,
     debug::GuestDebug,
     dev::MAX_VCPUS,
     dirty_ring::DirtyRing,
@@ -39,12 +39,12 @@ use crate::{
         lock::KillableMutex,
         page::{SharedPage, UserPage},
         task,
-        timer::{self, Timer, TimerTarget},
     },
     guest::{queue::EventQueue, Regs},
+    guest_tsc::VcpuTsc,
     irqchip::{
         dest::{for_each_target, CardCell, Cards, Origin},
-        lapic::{regs::BASE_BSP, Deadline, Inbox, Lapic, LapicWork, Lead, LocalSignal, Posted, Reset},
+        lapic::{regs::BASE_BSP, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
         Message,
     },
     msrs::MsrFilter,
@@ -342,10 +342,8 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) shadow_step: bool,
     /// An interrupt window or CR8 writes were asked for.
     pub(crate) windows_open: bool,
-    pub(crate) timer: Pin<KBox<Timer<LapicTimer>>>,
-    lead: Lead,
-    /// Host TSC at the deadline whose interrupt is on its way to the guest.
-    deadline_tsc: Option<u64>,
+    pub(crate) tsc: VcpuTsc,
+    pub(crate) deadlines: Deadlines,
     /// Index among the peers.
     pub(crate) index: usize,
     pub(crate) clock: VcpuClock,
@@ -371,8 +369,6 @@ pub(crate) struct Core<V: Vendor> {
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
-    /// Frequency of the guest's TSC as userspace has it: the host's, or very near it.
-    pub(crate) tsc_khz: u32,
     /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
     pub(crate) sipi_vector: u8,
 }
@@ -414,14 +410,15 @@ impl<V: Vendor> Vcpu<V> {
         peer.kick.post_quietly(request::LOG_WRITES);
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
-        hw.set_tsc_offset(vm.clock.tsc_offset());
+        let mut tsc = VcpuTsc::new(vm.enabled.tsc_khz(), vm.host.owner.hardware().tsc_format());
+        tsc.start(&vm.clock);
+        hw.set_tsc(tsc.relation());
         if let Some(page) = vm.memory.apic_page() {
             hw.set_apic_page(page);
         }
         peer.kick.post_quietly(request::EOI_LISTENERS);
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
         let caps = GuestCaps::derive(|_, _| [0; 4]).within(&vm.host.caps);
-        let timer = KBox::pin_init(Timer::new(LapicTimer(peer.clone())), GFP_KERNEL_ACCOUNT)?;
         let boots = id == vm.enabled.boot_cpu();
         let mut lapic = match vm.has_irqchip() {
             true => Some(KBox::new(Lapic::new(id, boots, Default::default()), GFP_KERNEL_ACCOUNT)?),
@@ -458,9 +455,8 @@ impl<V: Vendor> Vcpu<V> {
             stepping: false,
             shadow_step: false,
             windows_open: false,
-            timer,
-            lead: Lead::new(timer::tsc_khz()),
-            deadline_tsc: None,
+            tsc,
+            deadlines: Deadlines::new(peer.clone())?,
             index,
             clock: VcpuClock::new(peer.clone()),
             debug: GuestDebug::default(),
@@ -483,7 +479,6 @@ impl<V: Vendor> Vcpu<V> {
             found: None,
             ran: false,
             signal_mask: None,
-            tsc_khz: timer::tsc_khz(),
             sipi_vector: 0,
         };
         Ok(Arc::pin_init(
@@ -506,15 +501,7 @@ impl<V: Vendor> State<V> {
         };
         let signals = peer.inbox.drain(lapic);
         if signals.timer {
-            let mut tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
-            if let Some(Deadline::GuestTsc(at)) = lapic.deadline() {
-                if at.saturating_sub(tsc) <= self.lead.max() {
-                    self.deadline_tsc = Some(at.wrapping_sub(self.hw.tsc_offset()));
-                    tsc = tsc.max(at);
-                }
-            }
-            lapic.timer_expired(timer::now_ns(), tsc);
-            self.arm_timer();
+            self.host_timer_fired();
         }
         if signals.pic {
             self.pic_signal = vm.irq.pic_output();
@@ -592,39 +579,6 @@ impl<V: Vendor> State<V> {
             _ => {}
         }
     }
-
-    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
-    #[inline]
-    pub(crate) fn has_deadline(&self) -> bool {
-        self.deadline_tsc.is_some()
-    }
-
-    /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.
-    #[inline]
-    pub(crate) fn await_deadline(&mut self) {
-        let Some(deadline) = self.deadline_tsc.take() else { return };
-        let start = timer::tsc();
-        let late = start.wrapping_sub(deadline) as i64;
-        self.lead.learn(late);
-        let wait = if late < 0 { late.unsigned_abs().min(self.lead.max()) } else { 0 };
-        while timer::tsc().wrapping_sub(start) < wait {
-            core::hint::spin_loop();
-        }
-    }
-
-    /// Sets the host timer to the local APIC's deadline. One that is no deadline any more fires in vain.
-    pub(crate) fn arm_timer(&mut self) {
-        match self.lapic.as_ref().and_then(|lapic| lapic.deadline()) {
-            Some(Deadline::Ns(at)) => self.timer.arm(at),
-            Some(Deadline::GuestTsc(at)) => {
-                let tsc = timer::tsc().wrapping_add(self.hw.tsc_offset());
-                let ticks = at.saturating_sub(tsc).saturating_sub(self.lead.ticks());
-                let ns = TscScale::from_khz(timer::tsc_khz()).map_or(0, |s| s.nanoseconds(ticks));
-                self.timer.arm(timer::now_ns().saturating_add(ns));
-            }
-            None => {}
-        }
-    }
 }
 
 impl Peer {
@@ -674,16 +628,5 @@ impl<V: Vendor> FileOperations for Vcpu<V> {
             }
             _ => None,
         }
-    }
-}
-
-/// The host timer of a local APIC: tells its vCPU.
-pub(crate) struct LapicTimer(Arc<Peer>);
-
-impl TimerTarget for LapicTimer {
-    fn expired(&self) -> Option<u64> {
-        self.0.inbox.post_timer();
-        self.0.kick.kick();
-        None
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     },
     irqchip::lapic::STATE_BYTES,
     mmu::{guest_mem::GuestMem, walk},
-    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By, tsc::same_frequency},
+    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
     stats::StatsFile,
     vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -241,16 +241,12 @@ impl<V: Vendor> Vcpu<V> {
                 };
                 Ok(0)
             }
+            KVM_GET_TSC_KHZ => Ok(core.state.tsc.khz() as isize),
+            // KVM takes the lower half, too.
             KVM_SET_TSC_KHZ => {
-                let host = timer::tsc_khz();
-                let khz = if arg as u32 == 0 { host } else { arg as u32 };
-                if !same_frequency(khz, host) {
-                    return Err(EINVAL);
-                }
-                core.tsc_khz = khz;
+                core.state.set_tsc_khz(arg as u32, vm.host.owner.hardware().tsc_format())?;
                 Ok(0)
             }
-            KVM_GET_TSC_KHZ => Ok(core.tsc_khz as isize),
             KVM_KVMCLOCK_CTRL => {
                 core.state.clock.guest_stopped()?;
                 Ok(0)
@@ -267,10 +263,9 @@ impl<V: Vendor> State<V> {
             return Err(ENXIO);
         }
         match cmd {
-            KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.hw.tsc_offset()),
+            KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.tsc_offset()),
             KVM_SET_DEVICE_ATTR => {
-                self.hw.set_tsc_offset(user::read(Hva(attribute.addr))?);
-                self.clock.request_update();
+                self.set_tsc_offset(user::read(Hva(attribute.addr))?);
                 Ok(())
             }
             _ => Ok(()),

@@ -12,7 +12,8 @@ use crate::{
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
     irqchip::{lapic::Lapic, Bits256},
-    mmu::Format,
+    mmu,
+    policy::tsc::{Format, GuestTsc},
 };
 
 pub(crate) use crate::policy::msr::HardwareMsr;
@@ -21,7 +22,7 @@ pub(crate) use crate::policy::msr::HardwareMsr;
 pub(crate) trait Vendor: Hardware + Sized {
     type Vcpu: VendorVcpu;
     /// How its nested tables look.
-    type NestedFormat: Format + Send + Sync + 'static;
+    type NestedFormat: mmu::Format + Send + Sync + 'static;
 
     /// Its hypercall instruction: VMCALL, or VMMCALL.
     const HYPERCALL: [u8; 3];
@@ -43,6 +44,11 @@ pub(crate) trait Vendor: Hardware + Sized {
 
     /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
     fn no_large_execute(&self) -> bool;
+
+    /// How this CPU takes the ratio of a guest's TSC to the host's, if it scales.
+    fn tsc_format(&self) -> Option<Format> {
+        None
+    }
 
     /// Pages that hardware can note for a vCPU before an exit, when the guest sets the dirty bits that map them; 0 if it notes none.
     fn write_log_entries(&self) -> u32 {
@@ -105,9 +111,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_nested_root(&mut self, root: Hpa);
     /// Forgets every translation of this guest before the next entry.
     fn flush_tlb(&mut self);
-    fn tsc_offset(&self) -> u64;
-    /// Guest TSC is the host's plus this, wrapping.
-    fn set_tsc_offset(&mut self, offset: u64);
+    /// How the guest's TSC follows the host's. It has a ratio only where [`Vendor::tsc_format`] says how to write one.
+    fn set_tsc(&mut self, tsc: GuestTsc);
     /// Delivers `event` at the next entry.
     fn inject(&mut self, event: Event);
     /// What the last exit interrupted the delivery of.
@@ -132,6 +137,14 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_user_steps(&mut self, steps: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
+    /// Whether the CPU watches deadlines while the guest runs.
+    #[inline]
+    fn watches_deadlines(&self) -> bool {
+        false
+    }
+    /// Asks for [`Exit::Deadline`] as soon as the guest runs and the host's TSC has reached `tsc`, or not any more. It may come without
+    /// reason.
+    fn set_deadline(&mut self, _tsc: Option<u64>) {}
     /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].
     fn log_writes(&mut self, _on: bool) {}
     /// Calls `written` with what was noted since the last call. After every `run`, before anybody sees the vCPU outside of guest mode.

@@ -285,7 +285,14 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 this.set_clock(&user::read::<KvmClockData>(at)?)?;
                 Ok(0)
             }
-            KVM_GET_TSC_KHZ => Ok(timer::tsc_khz() as isize),
+            KVM_GET_TSC_KHZ => Ok(match this.enabled.tsc_khz() {
+                0 => timer::tsc_khz(),
+                khz => khz,
+            } as isize),
+            KVM_SET_TSC_KHZ => {
+                this.set_tsc_khz(arg as u32)?;
+                Ok(0)
+            }
             _ => Err(ENOTTY),
         }
     }

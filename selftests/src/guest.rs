@@ -10,7 +10,8 @@
 
 use crate::harness::on_kvm;
 use crate::vm::{Cpuid, Device, Exit, Ram, Vcpu, Vm};
-use crate::{ioctls::*, kvm::*, sys};
+use crate::{ioctls::*, kvm::*, sys, sys::EINTR};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Defines `fn $name() -> &'static [u8]`: machine code assembled for 16, 32 or 64 bits, Intel syntax. The name is
 /// global to the program; it starts aligned to 256 bytes, so that `.balign` up to that works. Absolute addresses are the guest's own: use `rip`, `2f - 2b` or `CODE`.
@@ -239,6 +240,39 @@ impl Guest {
         set_apic_id(&mut cpuid, id);
         cpu.set_cpuid(&cpuid).expect("KVM_SET_CPUID2");
         cpu
+    }
+
+    /// Runs `work` while the guest runs in another thread. MMIO is answered with zeros.
+    pub fn while_running(&self, work: impl FnOnce()) {
+        let cpu = &self.cpu;
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            let (send, receive) = std::sync::mpsc::channel();
+            let stop = &stop;
+            let t = s.spawn(move || {
+                send.send(sys::gettid()).expect("the test waits");
+                while !stop.load(Ordering::Relaxed) {
+                    match cpu.run() {
+                        Ok(Exit::Mmio { write: false, .. }) => cpu.reply(&[0; 8]),
+                        Ok(Exit::Mmio { .. }) | Err(EINTR) => {}
+                        other => panic!("{other:x?}"),
+                    }
+                }
+            });
+            let tid = receive.recv().expect("the thread runs");
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            stop.store(true, Ordering::Relaxed);
+            while !t.is_finished() {
+                cpu.set_immediate_exit(true);
+                sys::kick(tid);
+                sys::sleep_ms(1);
+            }
+            assert!(t.join().is_ok(), "the vCPU's thread failed");
+            cpu.set_immediate_exit(false);
+            if let Err(p) = result {
+                std::panic::resume_unwind(p);
+            }
+        });
     }
 
     pub fn set_eoi(&self, mode: Eoi) {

@@ -28,6 +28,8 @@ pub enum Answer {
     MemorySlots,
     /// 1 where the host has XSAVE.
     Xsave,
+    /// 1 where the CPU scales guests' TSCs.
+    TscScaling,
     /// Bytes of `kvm_xsave` with every component a guest may have.
     XsaveBytes,
 }
@@ -41,6 +43,7 @@ pub struct Limits {
     pub max_vcpu_id: u32,
     pub memory_slots: u32,
     pub xsave: bool,
+    pub tsc_scaling: bool,
     /// At least 4,096.
     pub xsave_bytes: u32,
 }
@@ -56,6 +59,7 @@ impl Answer {
             Self::MaxVcpuId => limits.max_vcpu_id,
             Self::MemorySlots => limits.memory_slots,
             Self::Xsave => limits.xsave as u32,
+            Self::TscScaling => limits.tsc_scaling as u32,
             Self::XsaveBytes => limits.xsave_bytes,
         }
     }
@@ -140,7 +144,7 @@ capabilities! {
     KVM_CAP_XSAVE = 55, Value(1);
     KVM_CAP_XCRS = 56, Xsave, "1 where the host has XSAVE";
     KVM_CAP_ASYNC_PF = 59, No;
-    KVM_CAP_TSC_CONTROL = 60, No;
+    KVM_CAP_TSC_CONTROL = 60, TscScaling, "where the CPU scales";
     KVM_CAP_GET_TSC_KHZ = 61, Value(1);
     KVM_CAP_MAX_VCPUS = 66, MaxVcpus;
     KVM_CAP_ONE_REG = 70, No;
@@ -213,7 +217,7 @@ capabilities! {
     KVM_CAP_SYS_ATTRIBUTES = 209, No;
     KVM_CAP_PMU_CAPABILITY = 212, No;
     KVM_CAP_DISABLE_QUIRKS2 = 213, Value(SUPPORTED_QUIRKS as u32), "quirks that can be turned off";
-    KVM_CAP_VM_TSC_CONTROL = 214, No;
+    KVM_CAP_VM_TSC_CONTROL = 214, TscScaling, "where the CPU scales";
     KVM_CAP_SYSTEM_EVENT_DATA = 215, No;
     KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218, Value(1);
     KVM_CAP_X86_NOTIFY_VMEXIT = 219, No;

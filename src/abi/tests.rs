@@ -8,8 +8,15 @@ use super::vcpu::KvmRegs;
 use super::{cap, ioctl, FromBytes, IntoBytes};
 use std::{collections::HashSet, env, format, fs, path::Path, string::String};
 
-const LIMITS: Limits =
-    Limits { recommended_vcpus: 2, max_vcpus: 64, max_vcpu_id: 256, memory_slots: 509, xsave: true, xsave_bytes: 4096 };
+const LIMITS: Limits = Limits {
+    recommended_vcpus: 2,
+    max_vcpus: 64,
+    max_vcpu_id: 256,
+    memory_slots: 509,
+    xsave: true,
+    tsc_scaling: true,
+    xsave_bytes: 4096,
+};
 
 #[test]
 fn numbers_and_names_are_unique_within_a_scope() {

@@ -82,6 +82,10 @@ bits! {
         STIBP_ALWAYS_ON = 17, IBRS_PREFERRED = 18, IBRS_SAME_MODE = 19, EFER_LMSLE_MBZ = 20, SSBD = 24, SSB_NO = 26,
         PSFD = 28, BTC_NO = 29, IBPB_RET = 30,
     }
+    /// Leaf 8000_000Ah, EDX.
+    ext10_edx {
+        TSC_RATIO = 4,
+    }
     /// Leaf 8000_0021h, EAX.
     ext21_eax {
         NO_NESTED_DATA_BP = 0, WRMSR_BASE_NON_SERIALIZING = 1, LFENCE_SERIALIZING = 2, VERW_CLEAR = 5,

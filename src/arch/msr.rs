@@ -94,6 +94,8 @@ pub const FS_BASE: u32 = 0xC000_0100;
 pub const GS_BASE: u32 = 0xC000_0101;
 pub const KERNEL_GS_BASE: u32 = 0xC000_0102;
 pub const TSC_AUX: u32 = 0xC000_0103;
+/// How the TSC of SVM guests follows the host's.
+pub const TSC_RATIO: u32 = 0xC000_0104;
 pub const K7_EVNTSEL0: u32 = 0xC001_0000;
 pub const K7_PERFCTR3: u32 = 0xC001_0007;
 pub const SYSCFG: u32 = 0xC001_0010;

@@ -73,6 +73,8 @@ pub enum Exit {
     NestedFault(NestedFault),
     /// Hardware's log of written pages was full; it has been emptied.
     WriteLogFull,
+    /// The guest's time is up: there is a deadline.
+    Deadline,
     /// The guest wrote `value` to the local APIC's register at `offset`; the instruction is over. The ICR comes with its upper half.
     ApicWrite {
         offset: u32,

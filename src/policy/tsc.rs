@@ -5,64 +5,102 @@
 //! No 128-bit division anywhere: the kernel has none.
 #![forbid(unsafe_code)]
 
-/// Guest ticks for each host tick: a binary fraction with `FRACTION` bits behind the point, `WIDTH` in all.
+/// How hardware takes a [`Ratio`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ratio<const FRACTION: u32, const WIDTH: u32>(u64);
+pub struct Format {
+    /// Bits behind the binary point, up to 48.
+    fraction: u32,
+    /// Bits in all, up to 64.
+    width: u32,
+}
 
-/// The TSC multiplier of VMX.
-pub type VmxRatio = Ratio<48, 64>;
-/// The TSC ratio of SVM.
-pub type SvmRatio = Ratio<32, 40>;
+impl Format {
+    /// The TSC multiplier of VMX.
+    pub const VMX: Self = Self { fraction: 48, width: 64 };
+    /// The TSC ratio of SVM.
+    pub const SVM: Self = Self { fraction: 32, width: 40 };
 
-impl<const FRACTION: u32, const WIDTH: u32> Ratio<FRACTION, WIDTH> {
+    /// The lowest frequency of a guest's TSC that is refused outright, in kHz.
+    pub const fn end_khz(self, host_khz: u32) -> u32 {
+        let max = Ratio { raw: u64::MAX >> (64 - self.width), fraction: self.fraction };
+        let khz = max.guest_ticks(host_khz as u64);
+        if khz < i32::MAX as u64 {
+            khz as u32
+        } else {
+            i32::MAX as u32
+        }
+    }
+}
+
+/// Guest ticks for each host tick: a binary fraction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ratio {
+    /// As hardware takes it.
+    raw: u64,
+    fraction: u32,
+}
+
+impl Ratio {
     /// The guest's TSC runs as fast as the host's.
-    pub const ONE: Self = Self(1 << FRACTION);
+    pub const ONE: Self = Self { raw: 1 << Format::VMX.fraction, fraction: Format::VMX.fraction };
 
     /// For a guest TSC of `guest_khz` on a host TSC of `host_khz`. `None`: hardware cannot scale that far, or a frequency is 0.
-    pub const fn from_khz(guest_khz: u32, host_khz: u32) -> Option<Self> {
+    pub const fn from_khz(format: Format, guest_khz: u32, host_khz: u32) -> Option<Self> {
         if guest_khz == 0 || host_khz == 0 {
             return None;
         }
         let (mut rest, host) = (guest_khz as u64, host_khz as u64);
         let whole = rest / host;
-        if whole >> (WIDTH - FRACTION) != 0 {
+        if whole >> (format.width - format.fraction) != 0 {
             return None;
         }
-        let mut ratio = whole;
-        let mut left = FRACTION;
+        let mut raw = whole;
+        let mut left = format.fraction;
         while left != 0 {
             // The rest is below 2^32, so 32 more bits fit.
             let bits = if left < 32 { left } else { 32 };
             rest = (rest % host) << bits;
-            ratio = ratio << bits | rest / host;
+            raw = raw << bits | rest / host;
             left -= bits;
         }
-        if ratio == 0 {
+        if raw == 0 {
             None
         } else {
-            Some(Self(ratio))
+            Some(Self { raw, fraction: format.fraction })
         }
     }
 
-    /// As hardware takes it.
     #[inline]
-    pub const fn raw(self) -> u64 {
-        self.0
+    pub const fn is_one(self) -> bool {
+        self.raw == 1 << self.fraction
+    }
+
+    /// As hardware with that format takes it; [`Self::ONE`] fits all.
+    #[inline]
+    pub const fn raw(self, format: Format) -> u64 {
+        if self.is_one() {
+            1 << format.fraction
+        } else {
+            self.raw
+        }
     }
 
     /// Guest ticks in `host_ticks`, rounded down as hardware does; wraps at 2^64.
     #[inline]
     pub const fn guest_ticks(self, host_ticks: u64) -> u64 {
-        ((host_ticks as u128 * self.0 as u128) >> FRACTION) as u64
+        if self.is_one() {
+            return host_ticks;
+        }
+        ((host_ticks as u128 * self.raw as u128) >> self.fraction) as u64
     }
 
     /// The fewest host ticks in which `guest_ticks` pass; saturates.
     #[inline]
     pub const fn host_ticks(self, guest_ticks: u64) -> u64 {
-        if self.0 == Self::ONE.0 {
+        if self.is_one() {
             return guest_ticks;
         }
-        divide_up((guest_ticks as u128) << FRACTION, self.0)
+        divide_up((guest_ticks as u128) << self.fraction, self.raw)
     }
 }
 
@@ -95,15 +133,15 @@ const fn divide_up(dividend: u128, divisor: u64) -> u64 {
 
 /// A guest's TSC: the host's, scaled, plus an offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GuestTsc<const FRACTION: u32, const WIDTH: u32> {
-    pub ratio: Ratio<FRACTION, WIDTH>,
+pub struct GuestTsc {
+    pub ratio: Ratio,
     /// Added after scaling; wraps.
     pub offset: u64,
 }
 
-impl<const FRACTION: u32, const WIDTH: u32> GuestTsc<FRACTION, WIDTH> {
+impl GuestTsc {
     /// A TSC that shows `value` when the host's shows `host_tsc`.
-    pub const fn showing(value: u64, host_tsc: u64, ratio: Ratio<FRACTION, WIDTH>) -> Self {
+    pub const fn showing(value: u64, host_tsc: u64, ratio: Ratio) -> Self {
         Self { ratio, offset: value.wrapping_sub(ratio.guest_ticks(host_tsc)) }
     }
 
@@ -113,10 +151,44 @@ impl<const FRACTION: u32, const WIDTH: u32> GuestTsc<FRACTION, WIDTH> {
         self.ratio.guest_ticks(host_tsc).wrapping_add(self.offset)
     }
 
-    /// Host TSC at which it shows `deadline` or more, at most one tick later than that; `now` if it does already. Saturates.
+    /// The host's TSC, `now` at this moment, when the guest's is `at`: not before, and at most one tick later. Saturates.
     #[inline]
-    pub const fn host_deadline(self, deadline: u64, now: u64) -> u64 {
-        now.saturating_add(self.ratio.host_ticks(deadline.saturating_sub(self.at(now))))
+    pub const fn host_tsc_at(self, at: u64, now: u64) -> u64 {
+        let guest_now = self.at(now);
+        if at >= guest_now {
+            now.saturating_add(self.ratio.host_ticks(at - guest_now))
+        } else {
+            now.saturating_sub(self.ratio.host_ticks(guest_now - at))
+        }
+    }
+}
+
+/// How a guest's TSC gets a frequency that userspace asks for. KVM API "KVM_SET_TSC_KHZ".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rate {
+    /// The host's as it is.
+    Host,
+    /// The CPU scales it.
+    Scaled(Ratio),
+    /// The CPU does not scale. The TSC is too slow, and is set forward now and then; what it should be is the ratio.
+    CatchUp(Ratio),
+}
+
+/// Chooses; `None` for what cannot be: too fast for the CPU's scaling (`format`), or slower than the host's TSC without it.
+pub const fn rate_for(guest_khz: u32, host_khz: u32, format: Option<Format>) -> Option<Rate> {
+    match format {
+        Some(format) if guest_khz >= format.end_khz(host_khz) => None,
+        _ if guest_khz == 0 || host_khz == 0 => None,
+        _ if same_frequency(guest_khz, host_khz) => Some(Rate::Host),
+        Some(format) => match Ratio::from_khz(format, guest_khz, host_khz) {
+            Some(ratio) => Some(Rate::Scaled(ratio)),
+            None => None,
+        },
+        None if guest_khz < host_khz => None,
+        None => match Ratio::from_khz(Format::VMX, guest_khz, host_khz) {
+            Some(ratio) => Some(Rate::CatchUp(ratio)),
+            None => None,
+        },
     }
 }
 
@@ -137,8 +209,12 @@ pub const fn ticks_in(ns: u64, tsc_khz: u32) -> u64 {
 mod tests {
     use super::*;
 
-    fn ratio(guest: u32, host: u32) -> VmxRatio {
-        VmxRatio::from_khz(guest, host).unwrap()
+    fn ratio(guest: u32, host: u32) -> Ratio {
+        Ratio::from_khz(Format::VMX, guest, host).unwrap()
+    }
+
+    fn svm(guest: u32, host: u32) -> Option<Ratio> {
+        Ratio::from_khz(Format::SVM, guest, host)
     }
 
     #[test]
@@ -157,26 +233,27 @@ mod tests {
 
     #[test]
     fn ratios() {
-        assert_eq!(ratio(2_000_000, 2_000_000), VmxRatio::ONE);
-        assert_eq!(ratio(3_000_000, 2_000_000).raw(), 3 << 47);
-        assert_eq!(ratio(1_000_000, 3_000_000).raw(), 0x5555_5555_5555);
-        assert_eq!(SvmRatio::from_khz(1_000_000, 3_000_000).unwrap().raw(), 0x5555_5555);
-        assert_eq!(SvmRatio::from_khz(2, 1).unwrap().raw(), 2 << 32);
+        assert_eq!(ratio(2_000_000, 2_000_000), Ratio::ONE);
+        assert_eq!(ratio(3_000_000, 2_000_000).raw(Format::VMX), 3 << 47);
+        assert_eq!((Ratio::ONE.raw(Format::VMX), Ratio::ONE.raw(Format::SVM)), (1 << 48, 1 << 32));
+        assert_eq!(ratio(1_000_000, 3_000_000).raw(Format::VMX), 0x5555_5555_5555);
+        assert_eq!(svm(1_000_000, 3_000_000).unwrap().raw(Format::SVM), 0x5555_5555);
+        assert_eq!(svm(2, 1).unwrap().raw(Format::SVM), 2 << 32);
         for (guest, host) in [(1, 3), (2_445_406, 3_700_001), (u32::MAX, 65_537), (999_999, u32::MAX), (7, 1)] {
             let exact = (u128::from(guest) << 48) / u128::from(host);
-            assert_eq!(u128::from(ratio(guest, host).raw()), exact, "{guest}/{host}");
+            assert_eq!(u128::from(ratio(guest, host).raw(Format::VMX)), exact, "{guest}/{host}");
         }
     }
 
     #[test]
     fn ratios_that_hardware_does_not_have() {
-        assert_eq!(VmxRatio::from_khz(0, 1), None);
-        assert_eq!(VmxRatio::from_khz(1, 0), None);
-        assert!(VmxRatio::from_khz(65_535, 1).is_some());
-        assert_eq!(VmxRatio::from_khz(65_536, 1), None);
-        assert!(SvmRatio::from_khz(255, 1).is_some());
-        assert_eq!(SvmRatio::from_khz(256, 1), None);
-        assert!(SvmRatio::from_khz(1, u32::MAX).is_some());
+        assert_eq!(Ratio::from_khz(Format::VMX, 0, 1), None);
+        assert_eq!(Ratio::from_khz(Format::VMX, 1, 0), None);
+        assert!(Ratio::from_khz(Format::VMX, 65_535, 1).is_some());
+        assert_eq!(Ratio::from_khz(Format::VMX, 65_536, 1), None);
+        assert!(svm(255, 1).is_some());
+        assert_eq!(svm(256, 1), None);
+        assert!(svm(1, u32::MAX).is_some());
     }
 
     #[test]
@@ -218,16 +295,43 @@ mod tests {
             let now = 987_654_321_012;
             let tsc = GuestTsc::showing(1_000, now, ratio(guest, host));
             assert_eq!(tsc.at(now), 1_000);
-            assert_eq!((tsc.host_deadline(1_000, now), tsc.host_deadline(0, now)), (now, now));
+            assert_eq!(tsc.host_tsc_at(1_000, now), now);
             for ahead in [1, 17, 1 << 20, 1 << 45] {
-                let when = tsc.host_deadline(1_000 + ahead, now);
+                let when = tsc.host_tsc_at(1_000 + ahead, now);
                 assert!(tsc.at(when) >= 1_000 + ahead, "{guest}/{host} {ahead}");
                 assert!(tsc.at(when - 2) < 1_000 + ahead, "{guest}/{host} {ahead}");
             }
-            assert!(tsc.host_deadline(u64::MAX, now) > u64::MAX / 4);
+            let past = tsc.host_tsc_at(500, now);
+            assert!(past < now && tsc.at(past) <= 500 && tsc.at(past + 3) > 500, "{guest}/{host}");
+            assert_eq!(GuestTsc::showing(u64::MAX / 2, 5, ratio(guest, host)).host_tsc_at(0, 5), 0);
+            assert!(tsc.host_tsc_at(u64::MAX, now) > u64::MAX / 4);
         }
         let tsc = GuestTsc::showing(0, 0, ratio(1, 3));
-        assert_eq!(tsc.host_deadline(u64::MAX, 5), u64::MAX);
+        assert_eq!(tsc.host_tsc_at(u64::MAX, 5), u64::MAX);
+    }
+
+    #[test]
+    fn rates() {
+        let host = 2_000_000;
+        for format in [None, Some(Format::VMX), Some(Format::SVM)] {
+            for near in [host, host - 500, host + 500] {
+                assert_eq!(rate_for(near, host, format), Some(Rate::Host));
+            }
+            assert_eq!((rate_for(0, host, format), rate_for(host, 0, format)), (None, None));
+        }
+        assert_eq!(rate_for(host + 501, host, None), Some(Rate::CatchUp(ratio(host + 501, host))));
+        assert_eq!(rate_for(host - 501, host, None), None);
+        for khz in [1, host - 501, host + 501, 4 * host] {
+            assert_eq!(rate_for(khz, host, Some(Format::VMX)), Some(Rate::Scaled(ratio(khz, host))));
+            assert_eq!(rate_for(khz, host, Some(Format::SVM)), Some(Rate::Scaled(svm(khz, host).unwrap())));
+        }
+        // What signed 32 bits hold is the most; a slow CPU with few bits before the point ends earlier.
+        assert_eq!(Format::VMX.end_khz(host), i32::MAX as u32);
+        assert_eq!(Format::SVM.end_khz(1_000), 255_999);
+        assert!(rate_for(255_998, 1_000, Some(Format::SVM)).is_some());
+        assert_eq!(rate_for(255_999, 1_000, Some(Format::SVM)), None);
+        assert_eq!(rate_for(i32::MAX as u32, host, Some(Format::VMX)), None);
+        assert_eq!(rate_for(u32::MAX, host, Some(Format::VMX)), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use kernel::{prelude::*, sync::Arc};
 
 use super::insn;
 use crate::{
-    arch::msr,
+    arch::{cpuid::ext10_edx, msr},
     glue::{
         cpu::{self, HostFeatures, IrqsOff, LastVcpu, VcpuId},
         error,
@@ -16,6 +16,7 @@ use crate::{
         phys::{Bytes, PhysBox},
         virt::Hardware,
     },
+    policy::tsc::{Format, Ratio},
 };
 
 /// VM_CR: SVM is disabled. APM Vol. 2 "Enabling SVM".
@@ -29,6 +30,8 @@ struct PerCpuState {
     host: PhysBox<Bytes<4096>>,
     /// Whether we turned SVM on here.
     ours: Cell<bool>,
+    /// What guests' TSCs are to the host's.
+    tsc_ratio: Cell<Ratio>,
     asids: Cell<AsidPool>,
     last_vcpu: LastVcpu,
 }
@@ -54,6 +57,8 @@ pub(crate) struct Svm {
     pub(super) features: HostFeatures,
     /// Number of identifiers, the host's 0 among them.
     asid_count: u32,
+    /// The CPUs scale guests' TSCs.
+    pub(super) tsc_ratio: bool,
     pub(super) io_permissions: PhysBox<Bytes<{ 4 * 4096 }>>,
     pub(super) msr_permissions: PhysBox<Bytes<{ 2 * 4096 }>>,
     /// The same without exceptions: every access is an exit.
@@ -85,6 +90,7 @@ impl Svm {
         }
         let per_cpu = PerCpu::new(|| {
             Ok(PerCpuState {
+                tsc_ratio: Cell::new(Ratio::ONE),
                 save_area: PhysBox::new()?,
                 host: PhysBox::new()?,
                 ours: Cell::new(false),
@@ -103,7 +109,11 @@ impl Svm {
         for msr in PASSED_THROUGH {
             pass_through(&mut msr_permissions.0, msr);
         }
-        Ok(Arc::new(Self { per_cpu, features, asid_count, io_permissions, msr_permissions, msr_all }, GFP_KERNEL)?)
+        let tsc_ratio = cpu::cpuid(0x8000_000A, 0)[3] & ext10_edx::TSC_RATIO != 0;
+        Ok(Arc::new(
+            Self { per_cpu, features, tsc_ratio, asid_count, io_permissions, msr_permissions, msr_all },
+            GFP_KERNEL,
+        )?)
     }
 
     /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
@@ -116,6 +126,16 @@ impl Svm {
     #[inline]
     pub(super) fn host_area<'a>(&'a self, irqs: &'a IrqsOff) -> &'a PhysBox<Bytes<4096>> {
         &self.per_cpu.get(irqs).host
+    }
+
+    /// A guest whose TSC has that ratio is about to run on this CPU.
+    #[inline]
+    pub(super) fn set_tsc_ratio(&self, ratio: Ratio, irqs: &IrqsOff) {
+        let now = &self.per_cpu.get(irqs).tsc_ratio;
+        if now.get() != ratio {
+            now.set(ratio);
+            insn::write_tsc_ratio(ratio.raw(Format::SVM), irqs);
+        }
     }
 
     /// Makes sure that `asid` may be used on this CPU. Returns whether the whole TLB must be flushed by the next VMRUN.
@@ -155,6 +175,11 @@ impl Hardware for Svm {
         // Whatever another hypervisor left in the TLB under our identifiers goes with the new generation's flush.
         let pool = state.asids.get();
         state.asids.set(AsidPool { generation: pool.generation.wrapping_add(1), next: self.asid_count });
+        if self.tsc_ratio {
+            // Whatever was left there.
+            insn::write_tsc_ratio(Ratio::ONE.raw(Format::SVM), irqs);
+            state.tsc_ratio.set(Ratio::ONE);
+        }
         state.ours.set(true);
         Ok(())
     }
@@ -162,6 +187,7 @@ impl Hardware for Svm {
     fn disable(&self, irqs: &IrqsOff) {
         let state = self.per_cpu.get(irqs);
         if state.ours.replace(false) {
+            self.set_tsc_ratio(Ratio::ONE, irqs);
             insn::turn_off(self.features.bp_spec_reduce, irqs);
         }
     }

@@ -82,6 +82,12 @@ fn reduce_speculation(on: bool) {
     }
 }
 
+/// Sets how guests' TSCs on this CPU follow the host's.
+pub(super) fn write_tsc_ratio(ratio: u64, _irqs: &IrqsOff) {
+    // SAFETY: the register counts only for what guests read. APM Vol. 2 "TSC Ratio".
+    let _ = unsafe { cpu::write_msr(msr::TSC_RATIO, ratio) };
+}
+
 /// Turns SVM on with `save_area` as the page in which the CPU keeps host state. `bp_spec_reduce`: the host relies on that bit.
 pub(super) fn turn_on(save_area: Hpa, bp_spec_reduce: bool, _irqs: &IrqsOff) -> Result {
     if bp_spec_reduce {

@@ -25,7 +25,10 @@ use crate::{
         Exit, Gpr, Regs, SystemRegs,
     },
     mmu::Npt,
-    policy::msr::PAT_RESET,
+    policy::{
+        msr::PAT_RESET,
+        tsc::{Format, GuestTsc, Ratio},
+    },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
@@ -77,6 +80,7 @@ pub(crate) struct SvmVcpu {
     vmcb: PhysBox<Vmcb>,
     asid: Asid,
     flush_wanted: bool,
+    tsc_ratio: Ratio,
     /// CR0 as the guest set it: hardware's copy has caching on.
     guest_cr0: u64,
     /// EFER as the guest set it: hardware's copy has SVME, and LME only together with paging.
@@ -96,6 +100,7 @@ impl Vendor for Svm {
             id: VcpuId::new(),
             vmcb: PhysBox::new()?,
             asid: Asid::default(),
+            tsc_ratio: Ratio::ONE,
             flush_wanted: false,
             guest_cr0: 0,
             guest_efer: 0,
@@ -119,6 +124,10 @@ impl Vendor for Svm {
     fn guest_xsaves(&self) -> bool {
         // There is no intercept.
         true
+    }
+
+    fn tsc_format(&self) -> Option<Format> {
+        self.tsc_ratio.then_some(Format::SVM)
     }
 
     fn nested_levels(&self) -> u8 {
@@ -412,12 +421,9 @@ impl VendorVcpu for SvmVcpu {
         self.flush_wanted = true;
     }
 
-    fn tsc_offset(&self) -> u64 {
-        self.vmcb.control.tsc_offset
-    }
-
-    fn set_tsc_offset(&mut self, offset: u64) {
-        self.vmcb.control.tsc_offset = offset;
+    fn set_tsc(&mut self, tsc: GuestTsc) {
+        self.vmcb.control.tsc_offset = tsc.offset;
+        self.tsc_ratio = tsc.ratio;
     }
 
     fn inject(&mut self, event: Event) {
@@ -566,6 +572,7 @@ impl VendorVcpu for SvmVcpu {
     fn begin_window(&mut self, irqs: &IrqsOff) {
         self.host.separate(&self.id, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
+        self.host.set_tsc_ratio(self.tsc_ratio, irqs);
     }
 
     #[inline]

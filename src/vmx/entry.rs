@@ -63,7 +63,7 @@ impl VmxVcpu {
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
         let controls = &self.machine.host.config.controls;
-        vmcs.write(Control32::Pin, controls.pin);
+        vmcs.write(Control32::Pin, self.pin_controls());
         vmcs.write(Control32::Exit, controls.exit);
         vmcs.write(Control32::ExceptionBitmap, EXCEPTIONS);
         for zero in [
@@ -105,7 +105,8 @@ impl VmxVcpu {
 
     fn secondary(&self) -> u32 {
         let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
-        self.machine.host.config.controls.secondary & !without_vpid | self.pml_control() | self.apic.secondary()
+        let wanted = self.pml_control() | self.tsc_control() | self.apic.secondary();
+        self.machine.host.config.controls.secondary & !without_vpid | wanted
     }
 
     /// What few entries need: fields that nearly never change, and forgetting translations.
@@ -125,7 +126,7 @@ impl VmxVcpu {
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
-            vmcs.write(Control64::TscOffset, self.tsc_offset);
+            self.write_tsc(vmcs);
             let (cr0, cr4) = self.state.masks();
             vmcs.write(ControlNatural::Cr0Mask, cr0);
             vmcs.write(ControlNatural::Cr4Mask, cr4);
@@ -169,6 +170,7 @@ impl VmxVcpu {
                 self.entry_failed(irqs, reason.0.into())
             }
             VmExit::PmlFull => Exit::WriteLogFull,
+            VmExit::PreemptionTimer => Exit::Deadline,
             VmExit::Apic(access) => apic::access(access),
             VmExit::ApicWrite { offset } => self.apic.written(offset),
             VmExit::VirtualizedEoi { vector } => Exit::EndOfInterrupt { vector },
@@ -276,6 +278,9 @@ impl VmxVcpu {
             self.written_exceptions = self.exceptions;
             vmcs.write(Control32::ExceptionBitmap, self.exceptions);
         }
+        if self.run_timer.is_wanted() {
+            self.run_timer.write(vmcs);
+        }
         if let Some(Injection { info, error_code }) = self.injection.take() {
             vmcs.write(Control32::EntryInterruptionInfo, info.0);
             if info.has_error_code() {
@@ -306,8 +311,8 @@ impl VmxVcpu {
         }
         let exit = self.neutral(decoded.exit, irqs);
         self.wanted = match exit {
-            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow | Exit::WriteLogFull => 0,
-            Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
+            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
+            Exit::WriteLogFull | Exit::Deadline | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             // MOV to a control register may be from RSP.

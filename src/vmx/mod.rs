@@ -15,6 +15,7 @@ mod entry;
 mod insn;
 mod pml;
 mod state;
+mod timer;
 mod vcpu;
 
 pub(crate) use cpu::Vmx;

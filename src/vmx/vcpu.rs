@@ -11,6 +11,7 @@ use super::{
     insn::WriteLog,
     pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
+    timer::RunTimer,
 };
 use crate::{
     arch::{
@@ -36,6 +37,7 @@ use crate::{
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
+        tsc::{Format, GuestTsc, Ratio},
         vmx::{
             event::{injection, interruptibility_for, Injection},
             restricted,
@@ -56,9 +58,10 @@ pub(crate) struct VmxVcpu {
     /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
     pub(super) write_log: Option<PhysBox<WriteLog>>,
     pub(super) logs_writes: bool,
+    pub(super) run_timer: RunTimer,
     pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
-    pub(super) tsc_offset: u64,
+    pub(super) tsc: GuestTsc,
     pub(super) nested_root: Hpa,
     /// RIP, RSP and RFLAGS as the VMCS has them.
     pub(super) rip: u64,
@@ -108,9 +111,10 @@ impl Vendor for Vmx {
             id: VcpuId::new(),
             write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
             logs_writes: false,
+            run_timer: RunTimer::new(self.config.features.preemption_timer),
             apic: Apic::new()?,
             vpid: self.take_vpid(),
-            tsc_offset: 0,
+            tsc: GuestTsc { ratio: Ratio::ONE, offset: 0 },
             nested_root: Hpa(0),
             rip: 0,
             rsp: 0,
@@ -161,6 +165,10 @@ impl Vendor for Vmx {
 
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
+    }
+
+    fn tsc_format(&self) -> Option<Format> {
+        self.config.features.tsc_scaling.then_some(Format::VMX)
     }
 
     fn write_log_entries(&self) -> u32 {
@@ -404,13 +412,9 @@ impl VendorVcpu for VmxVcpu {
         self.flush |= flush::NESTED;
     }
 
-    fn tsc_offset(&self) -> u64 {
-        self.tsc_offset
-    }
-
-    fn set_tsc_offset(&mut self, offset: u64) {
-        self.tsc_offset = offset;
-        self.dirty |= own::CONTROL;
+    fn set_tsc(&mut self, tsc: GuestTsc) {
+        self.tsc = tsc;
+        self.dirty |= own::CONTROL | own::SECONDARY;
     }
 
     fn inject(&mut self, event: Event) {
@@ -485,6 +489,15 @@ impl VendorVcpu for VmxVcpu {
 
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
+    }
+
+    #[inline]
+    fn watches_deadlines(&self) -> bool {
+        self.run_timer.exists()
+    }
+
+    fn set_deadline(&mut self, tsc: Option<u64>) {
+        self.run_timer.set_deadline(tsc);
     }
 
     fn log_writes(&mut self, on: bool) {

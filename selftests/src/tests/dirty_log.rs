@@ -4,10 +4,9 @@
 use krabtest::guest::*;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
-use krabtest::sys::{self, *};
+use krabtest::sys::*;
 use krabtest::vm::{Exit, Ram, Vcpu, Vm};
 use krabtest::{assert_err, assert_ok, payload, tests};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 tests! { "dirty_log";
     many_pages_in_one_run;
@@ -124,7 +123,7 @@ fn begins_while_running() {
     };
     let mut last = 0;
     for _ in 0..5 {
-        run_during(&g, || {
+        g.while_running(|| {
             last += 2;
             g.ram.wait_u64(DATA, last, 10_000);
             assert_ok!(g.vm.map(1, KVM_MEM_LOG_DIRTY_PAGES, ram));
@@ -142,34 +141,6 @@ fn begins_while_running() {
         assert_ok!(g.vm.map(1, 0, ram));
         last = g.ram.read_u64(DATA);
     }
-}
-
-/// Runs `work` while the guest runs in another thread.
-fn run_during(g: &Guest, work: impl FnOnce()) {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (send, receive) = std::sync::mpsc::channel();
-        let stop = &stop;
-        let thread = scope.spawn(move || {
-            send.send(sys::gettid()).expect("the test waits");
-            while !stop.load(Ordering::Relaxed) {
-                assert_eq!(g.cpu.run().err(), Some(EINTR));
-            }
-        });
-        let tid = receive.recv().expect("the thread runs");
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        stop.store(true, Ordering::Relaxed);
-        while !thread.is_finished() {
-            g.cpu.set_immediate_exit(true);
-            sys::kick(tid);
-            sleep_ms(1);
-        }
-        g.cpu.set_immediate_exit(false);
-        assert!(thread.join().is_ok(), "the vCPU's thread failed");
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
-        }
-    });
 }
 
 /// Page tables of the guest in logged memory: the CPU writes to them.

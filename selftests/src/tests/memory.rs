@@ -148,48 +148,10 @@ payload! { mem_spin_write, 64,
     "jmp 2b",
 }
 
-/// Starts `run` in a thread until `stop`; MMIO is answered with zeros.
-fn spin(g: &Guest, stop: &AtomicBool) {
-    let cpu = &g.cpu;
-    while !stop.load(Ordering::Relaxed) {
-        match cpu.run() {
-            Ok(Exit::Mmio { write: false, .. }) => cpu.reply(&[0; 8]),
-            Ok(Exit::Mmio { .. }) | Err(EINTR) => {}
-            other => panic!("{other:x?}"),
-        }
-    }
-}
-
-/// Runs `work` while the guest runs in another thread.
-fn while_running(g: &Guest, work: impl FnOnce()) {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|s| {
-        let (send, receive) = std::sync::mpsc::channel();
-        let stop = &stop;
-        let t = s.spawn(move || {
-            send.send(sys::gettid()).expect("the test waits");
-            spin(g, stop);
-        });
-        let tid = receive.recv().expect("the thread runs");
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        stop.store(true, Ordering::Relaxed);
-        while !t.is_finished() {
-            g.cpu.set_immediate_exit(true);
-            sys::kick(tid);
-            sleep_ms(1);
-        }
-        assert!(t.join().is_ok(), "the vCPU's thread failed");
-        g.cpu.set_immediate_exit(false);
-        if let Err(p) = result {
-            std::panic::resume_unwind(p);
-        }
-    });
-}
-
 fn slot_churn_while_running() {
     let g = Guest::long(mem_spin_write());
     let ram = Ram::new(BASE, 0x20_0000);
-    while_running(&g, || {
+    g.while_running(|| {
         for i in 0..100u64 {
             assert_ok!(g.vm.map(1, if i % 3 == 2 { KVM_MEM_LOG_DIRTY_PAGES } else { 0 }, ram));
             let n = g.ram.read_u64(DATA);
@@ -477,7 +439,7 @@ fn undisturbed(rounds: usize, mut work: impl FnMut(Ram, usize)) {
     let g = Guest::long(mem_counters());
     let ram = g.vm.add_ram(1, BASE, 4 << 20);
     assert_eq!(ram.hva as usize % (2 << 20), 0);
-    while_running(&g, || {
+    g.while_running(|| {
         for i in 0..rounds {
             work(ram, i);
             let n = g.ram.read_u64(DATA);
@@ -778,7 +740,7 @@ fn dirty_log_while_running() {
     let ram = Ram::new(BASE, 4 << 20);
     assert_ok!(g.vm.map(1, KVM_MEM_LOG_DIRTY_PAGES, ram));
     let mut shadow = vec![0u64; 1024];
-    while_running(&g, || {
+    g.while_running(|| {
         for _ in 0..20 {
             sleep_ms(5);
             // The log first, then the data: a page that is written later is in the next log.

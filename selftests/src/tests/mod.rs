@@ -6,6 +6,7 @@ use krabtest::harness::Group;
 pub mod api;
 pub mod apicv;
 pub mod client;
+pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
 pub mod eventfds;
@@ -22,6 +23,7 @@ pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod tsc;
 pub mod vmms;
 pub mod windows;
 
@@ -34,10 +36,12 @@ pub const GROUPS: &[Group] = &[
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
+    tsc::GROUP,
     memory::GROUP,
     dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
+    deadline::GROUP,
     apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,

@@ -36,7 +36,6 @@ tests! { "state";
     kvmclock_follows_tsc;
     kvmclock_guest_stopped;
     clock_read_while_it_is_set;
-    tsc_khz;
     moved_to_another_vm;
 }
 
@@ -546,19 +545,6 @@ fn clock_read_while_it_is_set() {
             assert!(off < HOUR_NS / 60, "off by {off} ns");
         }
     });
-}
-
-fn tsc_khz() {
-    let g = Guest::long(st_hlt());
-    if g.vm.cap(KVM_CAP_GET_TSC_KHZ) <= 0 {
-        skip!("KVM_CAP_GET_TSC_KHZ is 0");
-    }
-    let khz = assert_ok!(g.cpu.ioctl(KVM_GET_TSC_KHZ, 0));
-    assert!((100_000..20_000_000).contains(&khz), "{khz}");
-    match g.cpu.ioctl(KVM_SET_TSC_KHZ, khz as usize) {
-        Ok(_) => assert_eq!(assert_ok!(g.cpu.ioctl(KVM_GET_TSC_KHZ, 0)), khz),
-        Err(e) => assert!(e == ENOTTY || e == EINVAL, "{e:?}"),
-    }
 }
 
 payload! { st_worker, 64,

@@ -469,12 +469,13 @@ impl Lapic {
     }
 
     /// A write of IA32_TSC_DEADLINE. A deadline in the past fires at once. Ignored outside TSC-deadline mode.
-    pub fn set_tsc_deadline(&mut self, deadline: u64, now_ns: u64, guest_tsc: u64) -> LapicWork {
+    pub fn set_tsc_deadline(&mut self, deadline: u64, guest_tsc: u64) -> LapicWork {
         if !self.is_present() || self.timer.mode() != timer::Mode::TscDeadline {
             return LapicWork::default();
         }
         self.timer.set_tsc_deadline(deadline);
-        self.timer_expired(now_ns, guest_tsc);
+        // In this mode no other clock counts.
+        self.timer_expired(0, guest_tsc);
         LapicWork { timer_changed: true, ..LapicWork::default() }
     }
 

@@ -419,20 +419,20 @@ fn timer_interrupts() {
 #[test]
 fn tsc_deadline() {
     let mut lapic = enabled();
-    assert_eq!(lapic.set_tsc_deadline(100, 0, 50), LapicWork::default());
+    assert_eq!(lapic.set_tsc_deadline(100, 50), LapicWork::default());
     assert_eq!(lapic.tsc_deadline(), 0);
     let _ = write(&mut lapic, LVT_TIMER, LVT_TSC_DEADLINE | 0x32);
-    assert!(lapic.set_tsc_deadline(100, 0, 50).timer_changed);
+    assert!(lapic.set_tsc_deadline(100, 50).timer_changed);
     assert_eq!((lapic.tsc_deadline(), lapic.deadline()), (100, Some(Deadline::GuestTsc(100))));
     assert!(!lapic.timer_expired(0, 99));
     assert!(lapic.timer_expired(0, 100));
     assert_eq!((lapic.tsc_deadline(), lapic.deadline(), lapic.highest_pending()), (0, None, Some(0x32)));
     lapic.acknowledge(0x32);
     // In the past: at once.
-    let _ = lapic.set_tsc_deadline(100, 0, 100);
+    let _ = lapic.set_tsc_deadline(100, 100);
     assert_eq!((lapic.tsc_deadline(), lapic.highest_irr()), (0, Some(0x32)));
-    let _ = lapic.set_tsc_deadline(200, 0, 150);
-    let _ = lapic.set_tsc_deadline(0, 0, 150);
+    let _ = lapic.set_tsc_deadline(200, 150);
+    let _ = lapic.set_tsc_deadline(0, 150);
     assert_eq!(lapic.deadline(), None);
     assert_eq!(read(&mut lapic, TIMER_CURRENT), 0);
 }
@@ -643,7 +643,7 @@ fn random_actions() {
                         assert!(due > now || due == u64::MAX || now == u64::MAX, "{due} {now}");
                     }
                 }
-                14 => work = lapic.set_tsc_deadline(random.wide(), now, now),
+                14 => work = lapic.set_tsc_deadline(random.wide(), now),
                 _ => {
                     lapic.deliver_local(Lvt::ALL[random.below(7) as usize]);
                     match random.below(20) {

@@ -8,6 +8,7 @@
 
 use core::fmt;
 
+use super::timer;
 use crate::arch::{
     cr::cr0,
     msr,
@@ -187,6 +188,8 @@ pub struct Options {
     pub apicv: bool,
     /// Page-modification logging.
     pub pml: bool,
+    /// The preemption timer, if it does not end runs by itself too often on a CPU with a TSC of so many kHz.
+    pub preemption_timer: Option<u32>,
     /// Accessed and dirty bits of EPT entries.
     pub accessed_dirty: bool,
     /// Guests in real mode and without paging run on the CPU.
@@ -195,7 +198,13 @@ pub struct Options {
 
 impl Options {
     /// Everything that the CPU has.
-    pub const ALL: Self = Self { apicv: true, pml: true, accessed_dirty: true, unrestricted_guest: true };
+    pub const ALL: Self = Self {
+        apicv: true,
+        pml: true,
+        preemption_timer: Some(100_000),
+        accessed_dirty: true,
+        unrestricted_guest: true,
+    };
 }
 
 /// The control words that a new virtual CPU starts with. What comes and goes (windows, APICv, PML, ...) is off.
@@ -401,7 +410,9 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         (true, false, true) => Some(InvvpidType::All),
         _ => None,
     };
-    let timer = msrs.may(Word::Pin, pin::PREEMPTION_TIMER) && !BROKEN_PREEMPTION_TIMER.contains(&msrs.signature);
+    let timer = msrs.may(Word::Pin, pin::PREEMPTION_TIMER)
+        && !BROKEN_PREEMPTION_TIMER.contains(&msrs.signature)
+        && options.preemption_timer.is_some_and(|khz| timer::usable(misc.preemption_timer_shift(), khz));
     // Without stepping and the bits that no model number has.
     let model = msrs.signature & 0x0FFF_0FF0;
     let tpr_shadow = msrs.may(Word::Primary, primary::TPR_SHADOW);

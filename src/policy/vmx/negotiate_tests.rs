@@ -128,7 +128,8 @@ fn guests_of_nehalem_are_emulated_at_times() {
 #[test]
 fn the_administrator_turns_features_off() {
     for cpu in &GOOD {
-        let features = negotiate(&cpu.msrs, Options { apicv: false, pml: false, ..Options::ALL }).unwrap().features;
+        let off = Options { apicv: false, pml: false, preemption_timer: None, ..Options::ALL };
+        let features = negotiate(&cpu.msrs, off).unwrap().features;
         let off = [
             features.apic_access,
             features.apic_registers,
@@ -136,8 +137,9 @@ fn the_administrator_turns_features_off() {
             features.x2apic_mode,
             features.posted_interrupts,
             features.pml,
+            features.preemption_timer.is_some(),
         ];
-        assert_eq!(off, [false; 6], "{}", cpu.name);
+        assert_eq!(off, [false; 7], "{}", cpu.name);
         assert!(features.tpr_shadow);
     }
 }
@@ -358,8 +360,13 @@ fn random_capabilities_are_refused_or_legal() {
                 *msr ^= 1 << (next() & 63);
             }
         }
-        let options =
-            Options { apicv: next() & 1 != 0, pml: next() & 1 != 0, accessed_dirty: next() & 1 != 0, ..Options::ALL };
+        let options = Options {
+            apicv: next() & 1 != 0,
+            pml: next() & 1 != 0,
+            accessed_dirty: next() & 1 != 0,
+            preemption_timer: (next() & 1 != 0).then_some(100_000),
+            ..Options::ALL
+        };
         match negotiate(&msrs, options) {
             Ok(config) => {
                 good += 1;

@@ -23,6 +23,12 @@ pub const fn timer_value(deadline: u64, now: u64, shift: u32) -> u32 {
     }
 }
 
+/// Whether the timer's highest value is as good as no timer: on a CPU with a TSC of so many kHz it takes at least ten seconds.
+pub const fn usable(shift: u32, tsc_khz: u32) -> bool {
+    let per_second = (tsc_khz as u64 * 1000) >> (shift & 31);
+    tsc_khz != 0 && per_second <= u32::MAX as u64 / 10
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,6 +60,13 @@ mod tests {
         assert_eq!(timer_value(5, 5, 5), 0);
         assert_eq!(timer_value(4, 5, 0), 0);
         assert_eq!(timer_value(0, u64::MAX, 31), 0);
+    }
+
+    #[test]
+    fn too_fast_a_timer_is_none() {
+        assert!(usable(5, 3_000_000) && usable(4, u32::MAX) == usable(0, u32::MAX >> 4));
+        assert!(usable(0, 100_000) && usable(0, 429_496));
+        assert!(!usable(0, 429_497) && !usable(0, 3_000_000) && !usable(5, 0));
     }
 
     #[test]
