@@ -13,6 +13,7 @@ pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
 pub mod host_state;
+pub mod hypercall;
 pub mod irqchip;
 pub mod lapic;
 pub mod long_mode;
@@ -31,6 +32,7 @@ pub const GROUPS: &[Group] = &[
     api::GROUP,
     real_mode::GROUP,
     long_mode::GROUP,
+    hypercall::GROUP,
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
