@@ -15,6 +15,7 @@ pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
 pub mod host_state;
+pub mod hypercall;
 pub mod irqchip;
 pub mod lapic;
 pub mod long_mode;
@@ -34,6 +35,7 @@ pub const GROUPS: &[Group] = &[
     real_mode::GROUP,
     long_mode::GROUP,
     control::GROUP,
+    hypercall::GROUP,
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
