@@ -2,13 +2,14 @@
 //! Guest extended state: x87, SSE, AVX and what else XSAVE manages, DR0 to DR3 and TSC_AUX.
 //!
 //! A [`Window`] is a stretch of kernel code in which this CPU holds the guest's extended state. Preemption and bottom halves are off
-//! in it and the kernel does not use the FPU; interrupts may come in. Supervisor states (XSS) are not supported.
+//! in it and the kernel does not use the FPU; interrupts may come in. A guest has no supervisor states: its XSS is 0, and while it can
+//! execute XSAVES the CPU's is, too.
 use core::marker::PhantomData;
 
 use kernel::prelude::*;
 
 use super::{bindings, cpu};
-use crate::arch::{cr::xcr0, msr};
+use crate::arch::{cpuid::leaf_d_1_eax, cr::xcr0, msr};
 
 /// The largest XSAVE image, in bytes, that a guest's area holds.
 pub(crate) const AREA_BYTES: usize = 4096 * 3;
@@ -31,6 +32,8 @@ pub(crate) struct GuestFpu {
     supported: u64,
     xcr0: u64,
     has_pku: bool,
+    /// The host's XSS, the same at all times and on all CPUs; 0 without XSAVES.
+    host_xss: u64,
     /// The guest's TSC_AUX, if it has one.
     pub(crate) tsc_aux: Option<u64>,
     /// The guest's DR0 to DR3.
@@ -47,6 +50,7 @@ impl GuestFpu {
             supported: host_components()?,
             xcr0: xcr0::X87,
             has_pku: cpu::host_features().pku,
+            host_xss: if cpu::cpuid(0xD, 1)[0] & leaf_d_1_eax::XSAVES != 0 { cpu::read_msr(msr::XSS)? } else { 0 },
             tsc_aux: None,
             breakpoints: [0; 4],
             breakpoints_enabled: false,
@@ -171,6 +175,10 @@ impl GuestFpu {
             // SAFETY: `set_xcr0` lets only architectural values through; the kernel does not use XSAVE in this window.
             unsafe { bindings::krab_xsetbv(self.xcr0) };
         }
+        if self.host_xss != 0 {
+            // SAFETY: as for XCR0: nothing executes XSAVES or XRSTORS on this CPU before the drop restores it.
+            let _ = unsafe { cpu::write_msr(msr::XSS, 0) };
+        }
         let host_tsc_aux = self.tsc_aux.map(|guest| {
             let host = host_tsc_aux();
             if host != guest {
@@ -226,6 +234,10 @@ impl Drop for Window<'_> {
         if fpu.xcr0 != fpu.supported {
             // SAFETY: the host's own value.
             unsafe { bindings::krab_xsetbv(fpu.supported) };
+        }
+        if fpu.host_xss != 0 {
+            // SAFETY: the host's own value.
+            let _ = unsafe { cpu::write_msr(msr::XSS, fpu.host_xss) };
         }
         // SAFETY: by the type's invariant the area is large enough for this mask.
         unsafe { bindings::krab_xsave(fpu.area.0.as_mut_ptr().cast(), fpu.supported) };

@@ -53,6 +53,7 @@ impl<V: Vendor> Host<V> {
         let features = cpu::host_features();
         let host_features = cpuid::HostFeatures {
             xcr0,
+            xsaves: hardware.guest_xsaves(),
             tsc_aux: features.rdtscp,
             spec_ctrl: features.spec_ctrl,
             lfence_serializing: features.lfence_serializing,

@@ -11,7 +11,7 @@ use crate::{
         segment::{DescriptorTable, Segment, SegmentName},
         Gpa, Gva,
     },
-    emul::{Access, Cpu, Mode, NotRam, Shadow, Step, Table},
+    emul::{Access, Cpu, Delivery, Mode, NotRam, Shadow, Step, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
@@ -197,6 +197,11 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
         self.state.hw.flush_tlb();
     }
 
+    fn unmask_nmis(&mut self) {
+        self.state.events.nmi_masked = false;
+        self.state.hw.set_nmi_masked(false);
+    }
+
     fn translate(&mut self, at: Gva, access: Access) -> core::result::Result<Gpa, Exception> {
         if let (true, Some(Found { gpa, write, .. })) = (self.untranslated, self.found) {
             let same = if write { Access::Write } else { Access::Read };
@@ -284,6 +289,25 @@ impl<V: Vendor> Vcpu<V> {
         }
         core.found = fault.map(|fault| Found::new(state.regs.rip, fault, (len != 0).then_some(&code)));
         self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
+    }
+
+    /// Takes the guest to the handler of `event` without hardware's help.
+    pub(crate) fn deliver(&self, core: &mut Core<V>, event: Delivery) -> Step {
+        let Core { state, fpu, emulator, .. } = core;
+        let mut emulated = Emulated {
+            state,
+            fpu,
+            data: &self.data,
+            vm: &self.vm,
+            view: None,
+            found: None,
+            untranslated: false,
+            lost: false,
+        };
+        match emulator.deliver(&mut emulated, event) {
+            Step::Fault(_) if emulated.lost => Step::Unsupported,
+            step => step,
+        }
     }
 
     /// Goes on with an instruction that waited for userspace's answer to the read of a device.
@@ -386,7 +410,7 @@ impl<V: Vendor> Vcpu<V> {
 
     /// An instruction that cannot be emulated. The guest's user code gets #UD, so that it cannot end the guest, unless userspace
     /// wants to see every such instruction.
-    fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
+    pub(crate) fn emulation_failure(&self, core: &mut Core<V>) -> Option<ToUser> {
         self.peer.stats.count(VcpuStat::InsnEmulationFail);
         core.emulator.reset();
         let (bytes, len) = core.state.fetch(&self.vm.memory.view(true), core.state.mode());

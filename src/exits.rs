@@ -225,7 +225,7 @@ impl<V: Vendor> State<V> {
         walk::Context {
             cr0: self.hw.cr0(),
             cr3: self.hw.cr3(),
-            cr4: self.hw.cr4(),
+            cr4: self.hw.cr4_bits(cr4::OSXSAVE | cr4::PKE),
             efer: self.hw.efer(),
             rflags: self.regs.rflags,
             pkru,

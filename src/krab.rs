@@ -40,6 +40,7 @@ mod irq_eventfd;
 mod memory;
 mod msrs;
 mod run;
+mod software;
 mod stats;
 mod svm;
 mod to_user;
@@ -74,6 +75,10 @@ module! {
         ept_ad: u8 {
             default: 1,
             description: "0: Intel CPUs do not mark pages of guests as accessed and dirty",
+        },
+        unrestricted_guest: u8 {
+            default: 1,
+            description: "0: guests in real mode and without paging are emulated on Intel",
         },
         pml: u8 {
             default: 1,
@@ -128,6 +133,7 @@ fn vmx_options() -> VmxOptions {
         pml: *module_parameters::pml.value() != 0,
         accessed_dirty: *module_parameters::ept_ad.value() != 0,
         preemption_timer: (*module_parameters::preemption_timer.value() != 0).then(glue::timer::tsc_khz),
+        unrestricted_guest: *module_parameters::unrestricted_guest.value() != 0,
     }
 }
 

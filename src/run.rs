@@ -31,7 +31,12 @@ use crate::{
         lock::lock_killable,
         signal, task, timer, trace,
     },
-    guest::{event::vector, exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    guest::{
+        event::vector,
+        exit::NestedFault,
+        queue::{Entry, Readiness},
+        Event, Exception, Exit,
+    },
     mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -250,6 +255,12 @@ impl<V: Vendor> Vcpu<V> {
                 self.block(core)?;
                 continue;
             }
+            if core.state.hw.needs_software(&core.state.regs) {
+                match self.run_in_software(core)? {
+                    Some(reason) => return Ok(reason),
+                    None => continue,
+                }
+            }
             core.state.fill_shared_word(&self.vm);
             core.state.choose_delivery(&self.vm);
             let ended = self.run_guest(core);
@@ -356,7 +367,7 @@ impl<V: Vendor> Vcpu<V> {
                 if !self.peer.inbox.is_empty() {
                     break;
                 }
-                if state.hw.wants_pdptes() {
+                if state.hw.wants_pdptes() || state.hw.needs_software(&state.regs) {
                     return Slow::Work;
                 }
                 let user_window = asked && state.accepts_user_interrupt();
@@ -453,7 +464,7 @@ impl<V: Vendor> State<V> {
             _ => false,
         };
         if wanted && self.mode() == Mode::Long64 {
-            let paging = Paging { cr3: self.hw.cr3(), five_levels: self.hw.cr4() & cr4::LA57 != 0 };
+            let paging = Paging { cr3: self.hw.cr3(), five_levels: self.hw.cr4_bits(cr4::LA57) != 0 };
             self.code = self.code_cache.bytes::<V::NestedFormat>(paging, self.regs.rip, in_guest);
         }
     }
@@ -481,7 +492,7 @@ impl<V: Vendor> State<V> {
 
     /// Whether an external interrupt waits that the guest's priorities let through.
     #[inline]
-    fn interrupt_waits(&self) -> bool {
+    pub(crate) fn interrupt_waits(&self) -> bool {
         match &self.lapic {
             Some(lapic) => {
                 lapic.highest_pending().is_some()
@@ -532,10 +543,8 @@ impl<V: Vendor> State<V> {
         self.prepare_events(vcpu, waits, user_window, irqs)
     }
 
-    #[inline(never)]
-    fn prepare_events(&mut self, vcpu: &Vcpu<V>, waits: bool, user_window: bool, irqs: &IrqsOff) -> bool {
-        self.shadow_step = false;
-        self.await_deadline();
+    /// What goes into the guest now, and whether the 8259A was asked for it.
+    pub(crate) fn next_event(&mut self, vcpu: &Vcpu<V>, waits: bool) -> (Entry, bool) {
         let readiness = self.readiness();
         let blocked = self.debug.blocks_interrupts();
         let mut asked_pic = false;
@@ -556,6 +565,16 @@ impl<V: Vendor> State<V> {
             None => user_interrupt.take(),
         });
         events.nmis = events.nmis.saturating_add(nmis);
+        (entry, asked_pic)
+    }
+
+    #[inline(never)]
+    fn prepare_events(&mut self, vcpu: &Vcpu<V>, waits: bool, user_window: bool, irqs: &IrqsOff) -> bool {
+        self.shadow_step = false;
+        self.await_deadline();
+        let readiness = self.readiness();
+        let blocked = self.debug.blocks_interrupts();
+        let (entry, asked_pic) = self.next_event(vcpu, waits);
         if let Some(event) = entry.inject {
             let (kind, vector) = match event {
                 Event::Interrupt(vector) => (0, vector),

@@ -440,6 +440,7 @@ impl<V: Vendor> Core<V> {
         }
         self.state.cpuid = KBox::new(table, GFP_KERNEL_ACCOUNT)?;
         self.state.caps = caps;
+        self.state.hw.set_cr4_allowed(caps.cr4);
         self.state.update_pv_features();
         Ok(())
     }

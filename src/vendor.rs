@@ -30,6 +30,9 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// A virtual CPU in its reset state.
     fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
 
+    /// Whether a guest can execute XSAVES and XRSTORS where the CPU has them.
+    fn guest_xsaves(&self) -> bool;
+
     /// Levels of the nested table.
     fn nested_levels(&self) -> u8;
 
@@ -88,6 +91,13 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_cr3(&mut self, value: u64);
     fn cr4(&self) -> u64;
     fn set_cr4(&mut self, value: u64);
+    /// The bits `wanted` of CR4: cheaper than all of it.
+    #[inline]
+    fn cr4_bits(&self, wanted: u64) -> u64 {
+        self.cr4() & wanted
+    }
+    /// Which bits of CR4 the guest may set: it may change some of them without an exit.
+    fn set_cr4_allowed(&mut self, _allowed: u64) {}
     fn efer(&self) -> u64;
     fn cpl(&self) -> u8;
     fn dr6(&self) -> u64;
@@ -160,6 +170,14 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn hand_over(&mut self, _lapic: &mut Lapic, _all: bool, _irqs: &IrqsOff) {}
     /// Takes back to `lapic` what the CPU has.
     fn take_back(&mut self, _lapic: &mut Lapic) {}
+
+    /// Whether the CPU cannot run the guest in the state that it is in, so that software has to.
+    #[inline]
+    fn needs_software(&self, _regs: &Regs) -> bool {
+        false
+    }
+    /// Software runs the guest: what the last exit told counts no more.
+    fn forget_exit(&mut self) {}
 
     /// Whether the page-directory-pointer entries at CR3 must be brought before the next `run`: the guest got PAE paging by other means than
     /// an instruction of its own, and the CPU keeps the four entries in registers.

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Stack operations and branches. SDM Vol. 1 "Procedure Calls, Interrupts, and Exceptions", Vol. 3 "8086 Emulation".
 //!
-//! Software interrupts and IRET are emulated in real mode only: in protected mode they need gates, which no user of the emulator
-//! asks for. Segments of protected mode are in `descriptor.rs`.
+//! Software interrupts and IRET are in `gate.rs`, segments of protected mode in `descriptor.rs`.
 #![forbid(unsafe_code)]
 
 use super::alu::{bits, condition, mask};
@@ -10,7 +9,7 @@ use super::decode::{segment_name, Map, Mode};
 use super::exec::Exec;
 use super::memory::{canonical, Place};
 use super::opcodes::{Form, Op};
-use super::{Access, Cpu, Flow, Shadow, Step, Table, GP, UD};
+use super::{Access, Cpu, Flow, Shadow, Step, GP, UD};
 use crate::arch::cr::cr4;
 use crate::arch::cr::rflags::{AC, AF, CF, DF, FIXED, ID, IF, IOPL, NT, OF, PF, RF, SF, TF, VM, ZF};
 use crate::arch::segment::SegmentName;
@@ -162,7 +161,7 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     /// Writes what a popped flags image may change.
-    fn load_flags(&mut self, value: u64, size: u8) {
+    pub(super) fn load_flags(&mut self, value: u64, size: u8) {
         let mut writable = WRITABLE;
         let cpl = if self.mode == Mode::Real { 0 } else { self.cpu.cpl() };
         if cpl != 0 {
@@ -225,7 +224,7 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     /// Checks a branch target and cuts it to the operand size.
-    fn target(&self, target: u64, size: u8) -> Flow<u64> {
+    pub(super) fn target(&self, target: u64, size: u8) -> Flow<u64> {
         let target = target & mask(size);
         let good = if self.mode.is_long() {
             canonical(self.cpu, target)
@@ -318,24 +317,14 @@ impl<C: Cpu> Exec<'_, C> {
                 self.move_stack((2 * size as i64).wrapping_add(self.ins.immediate));
                 Ok(())
             }
-            _ if self.mode != Mode::Real => Err(Step::Unsupported),
-            Op::Iret => {
-                let (offset, selector) = (self.peek(0, size)?, self.peek(1, size)?);
-                let flags = self.peek(2, size)?;
-                self.jump_far(selector as u16, offset, size)?;
-                self.move_stack(3 * size as i64);
-                self.load_flags(flags, size);
-                Ok(())
-            }
-            Op::Int => self.interrupt(self.ins.immediate as u8),
-            Op::Int3 => self.interrupt(3),
-            Op::Into if self.rflags & OF != 0 => self.interrupt(4),
-            Op::Into => Ok(()),
+            Op::Iret => self.interrupt_return(size),
+            Op::Into if self.rflags & OF == 0 && !self.mode.is_long() => Ok(()),
+            Op::Int | Op::Int3 | Op::Into => self.software_interrupt(),
             _ => Err(Step::Unsupported),
         }
     }
 
-    fn jump_far(&mut self, selector: u16, offset: u64, size: u8) -> Flow<()> {
+    pub(super) fn jump_far(&mut self, selector: u16, offset: u64, size: u8) -> Flow<()> {
         if !self.mode.is_real() {
             return self.jump_to_segment(selector, offset & mask(size));
         }
@@ -352,22 +341,6 @@ impl<C: Cpu> Exec<'_, C> {
         let back = [self.cpu.segment(SegmentName::Cs).selector as u64, self.next_rip];
         self.push(&back, size)?;
         self.jump_far(selector, offset, size)
-    }
-
-    /// A software interrupt of real mode. SDM Vol. 3 "Interrupt and Exception Handling" of real-address mode.
-    fn interrupt(&mut self, vector: u8) -> Flow<()> {
-        let table = self.cpu.table(Table::Idt);
-        let at = (vector as u64) * 4;
-        if at + 3 > table.limit as u64 {
-            return Err(GP);
-        }
-        let offset = self.system_word(table.base.wrapping_add(at))? as u64;
-        let selector = self.system_word(table.base.wrapping_add(at + 2))?;
-        let frame = [self.rflags, self.cpu.segment(SegmentName::Cs).selector as u64, self.next_rip];
-        self.target(offset, 2)?;
-        self.push(&frame, 2)?;
-        self.rflags &= !(IF | TF | AC);
-        self.jump_far(selector, offset, 2)
     }
 
     /// CLC, STC, CLI, STI, CLD, STD by their opcode.

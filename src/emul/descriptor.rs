@@ -37,8 +37,8 @@ fn fault(vector: u8, selector: u16) -> Step {
 }
 
 /// A descriptor and where its access byte is.
-struct Descriptor {
-    segment: Segment,
+pub(super) struct Descriptor {
+    pub(super) segment: Segment,
     access_at: Gva,
 }
 
@@ -144,7 +144,7 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     /// The code segment of a far branch within the privilege level, checked together with the target.
-    fn code_segment(&mut self, selector: u16, offset: u64, returning: bool) -> Flow<Descriptor> {
+    pub(super) fn code_segment(&mut self, selector: u16, offset: u64, returning: bool) -> Flow<Descriptor> {
         if selector & !RPL == 0 {
             return Err(GP);
         }

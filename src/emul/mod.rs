@@ -30,7 +30,7 @@
 //! - A change of the vCPU's state from outside in the middle of an instruction: call [`Emulator::reset`].
 //!
 //! # Not supported ([`Step::Unsupported`])
-//! x87, MMX, SSE and AVX other than moves, BMI, segment loads and far transfers in protected mode, ENTER with nesting, virtual-8086
+//! x87, MMX, SSE and AVX other than moves, BMI, far transfers to another privilege level, ENTER with nesting, virtual-8086
 //! extensions (VME, PVI), BCD instructions, and instructions that always are an exit of their own (CPUID, HLT, RDMSR and so on):
 //! for those there is [`skip_length`].
 #![forbid(unsafe_code)]
@@ -40,6 +40,7 @@ mod control;
 mod decode;
 mod descriptor;
 mod exec;
+mod gate;
 mod memory;
 mod opcodes;
 mod skip;
@@ -50,8 +51,9 @@ mod tests;
 mod vector;
 
 pub use decode::{decode, prefix, DecodeError, Instruction, Map, Mode, MAX_LENGTH};
+pub use gate::Delivery;
 pub use opcodes::{Form, Op};
-pub use skip::{skip_length, Intercepted};
+pub use skip::{intercepted, skip_length, Intercepted};
 
 use crate::arch::cr::{cr0, efer, rflags};
 use crate::arch::segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName};
@@ -145,6 +147,8 @@ pub trait Cpu {
     fn dr(&self, register: u8) -> u64;
     fn set_dr(&mut self, register: u8, value: u64) -> Result<(), Exception>;
     fn invlpg(&mut self, at: Gva);
+    /// IRET completed: the CPU takes NMIs again.
+    fn unmask_nmis(&mut self) {}
 
     /// Walks the guest's page tables. `Err` is the page fault to inject, with error code and address.
     fn translate(&mut self, at: Gva, access: Access) -> Result<Gpa, Exception>;

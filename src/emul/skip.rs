@@ -140,6 +140,36 @@ impl Intercepted {
     }
 }
 
+/// Instructions that are an exit of their own, which the emulator leaves to the handlers of exits.
+const LEFT_TO_HANDLERS: [Intercepted; 13] = [
+    Intercepted::Cpuid,
+    Intercepted::Hlt,
+    Intercepted::Hypercall,
+    Intercepted::Rdmsr,
+    Intercepted::Wrmsr,
+    Intercepted::Rdtsc,
+    Intercepted::Rdtscp,
+    Intercepted::Rdpmc,
+    Intercepted::Invd,
+    Intercepted::Wbinvd,
+    Intercepted::Monitor,
+    Intercepted::Mwait,
+    Intercepted::Xsetbv,
+];
+
+/// Which of the instructions that the emulator does not execute, because they always make a guest exit, is at the start of `bytes`; and
+/// its length.
+pub fn intercepted(bytes: &[u8], mode: Mode) -> Option<(Intercepted, u8)> {
+    // Only these opcodes come into question, whatever is before them.
+    if !bytes.iter().any(|byte| matches!(byte, 0x0F | 0xF4)) {
+        return None;
+    }
+    let ins = decode(bytes, mode).ok()?;
+    let legacy = !ins.has(super::prefix::VEX | super::prefix::OTHER);
+    let which = LEFT_TO_HANDLERS.into_iter().find(|one| one.is(ins.map, ins.opcode, ins.modrm, false))?;
+    legacy.then_some((which, ins.length))
+}
+
 /// Length of the instruction `expect` at the start of `bytes`, 1 to 15 bytes; `None` if `bytes` do not hold that
 /// instruction, or not all of it.
 #[inline]

@@ -2,6 +2,7 @@
 //! Tests of the emulator against a mock vCPU.
 #![forbid(unsafe_code)]
 
+mod gates;
 mod mock;
 mod segments;
 
@@ -455,8 +456,7 @@ fn real_mode_control_flow() {
     cpu.gpr[0] = 0x1234;
     assert_eq!((cpu.step(), cpu.shadow), (Step::Done, Shadow::MovSs));
     assert_eq!(cpu.segments[SegmentName::Ss as usize].base, 0x12340);
-    // Protected mode would need gates.
-    assert_eq!(Mock::code(Mode::Protected32, &[0xCD, 0x10]).step(), Step::Unsupported);
+    assert_eq!(Mock::code(Mode::Long64, &[0xCD, 0x10]).step(), Step::Unsupported);
     assert_eq!(Mock::code(Mode::Long64, &[0x8E, 0xC8]).step(), UD);
 }
 

@@ -40,6 +40,8 @@ pub struct GuestCaps {
     pub efer: u64,
     /// XCR0 bits that may be set; 0 without XSAVE.
     pub xcr0: u64,
+    /// XSAVES and XRSTORS: MSR XSS exists, and is 0.
+    pub xsaves: bool,
     /// SPEC_CTRL bits that may be set; 0: the MSR does not exist.
     pub spec_ctrl: u64,
     /// PRED_CMD bits that may be written; 0: the MSR does not exist.
@@ -154,6 +156,7 @@ impl GuestCaps {
             tsc_aux: rdtscp || has(7, 0, 2, leaf7_ecx::RDPID),
             arch_capabilities: has(7, 0, 3, leaf7_edx::ARCH_CAPABILITIES),
             flush_cmd: has(7, 0, 3, leaf7_edx::L1D_FLUSH),
+            xsaves: has(0xD, 1, 0, leaf_d_1_eax::XSAVES),
             invpcid: has(7, 0, 1, leaf7_ebx::INVPCID),
             page_1g: has(0x8000_0001, 0, 3, ext1_edx::PAGE1GB),
             long_mode: has(0x8000_0001, 0, 3, ext1_edx::LM),
@@ -179,6 +182,7 @@ impl GuestCaps {
             tsc_aux: self.tsc_aux && host.tsc_aux,
             arch_capabilities: self.arch_capabilities && host.arch_capabilities,
             flush_cmd: self.flush_cmd && host.flush_cmd,
+            xsaves: self.xsaves && host.xsaves,
             invpcid: self.invpcid && host.invpcid,
             page_1g: self.page_1g && host.page_1g,
             long_mode: self.long_mode && host.long_mode,

@@ -2,8 +2,8 @@
 //! The CPUID filter: what KVM_GET_SUPPORTED_CPUID tells userspace it may give to a guest.
 //!
 //! Every feature is on a list of what Krab can virtualize; what is not listed is not passed on, whatever the host has.
-//! Not supported, and so not shown: SVM and VMX for guests, performance counters, MONITOR, SMX, SGX, TSX, PT, CET, AMX, XSAVES,
-//! LAM, FRED, AVIC, memory encryption. SDM Vol. 2 "CPUID", APM Vol. 3 "CPUID Function ...".
+//! Not supported, and so not shown: SVM and VMX for guests, performance counters, MONITOR, SMX, SGX, TSX, PT, CET, AMX, the
+//! supervisor states of XSAVES, LAM, FRED, AVIC, memory encryption. SDM Vol. 2 "CPUID", APM Vol. 3 "CPUID Function ...".
 #![forbid(unsafe_code)]
 
 use crate::abi::vcpu::{KvmCpuidEntry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
@@ -15,6 +15,8 @@ use crate::arch::cr::xcr0;
 pub struct HostFeatures {
     /// XSAVE components that the module switches: a subset of the host's XCR0. 0 without XSAVE.
     pub xcr0: u64,
+    /// A guest can execute XSAVES, and then XSS is 0.
+    pub xsaves: bool,
     /// TSC_AUX is switched: RDTSCP and RDPID.
     pub tsc_aux: bool,
     /// SPEC_CTRL is switched, and a guest can write PRED_CMD and FLUSH_CMD.
@@ -123,6 +125,7 @@ enum Needs {
     /// All of these XSAVE components.
     Xcr0(u64),
     SpecCtrl,
+    Xsaves,
     TscAux,
     La57,
     InvariantTsc,
@@ -165,6 +168,7 @@ const RULES: &[Rule] = &[
     rule(7, 2, EDX, leaf7_2_edx::PSFD | leaf7_2_edx::IPRED_CTRL | leaf7_2_edx::RRSBA_CTRL, Needs::SpecCtrl),
     rule(7, 2, EDX, leaf7_2_edx::DDPD_U | leaf7_2_edx::BHI_CTRL, Needs::SpecCtrl),
     rule(0xD, 1, EAX, leaf_d_1_eax::XSAVEOPT | leaf_d_1_eax::XSAVEC | leaf_d_1_eax::XGETBV1, Needs::Xcr0(xcr0::X87)),
+    rule(0xD, 1, EAX, leaf_d_1_eax::XSAVES, Needs::Xsaves),
     rule(0x8000_0001, 0, ECX, EXT1_ECX, Needs::Nothing),
     rule(0x8000_0001, 0, ECX, ext1_ecx::XOP | ext1_ecx::FMA4, AVX),
     rule(0x8000_0001, 0, EDX, EXT1_EDX, Needs::Nothing),
@@ -186,6 +190,7 @@ impl Needs {
             Self::Nothing => true,
             Self::Xcr0(components) => features.xcr0 & components == components,
             Self::SpecCtrl => features.spec_ctrl,
+            Self::Xsaves => features.xcr0 != 0 && features.xsaves,
             Self::TscAux => features.tsc_aux,
             Self::La57 => features.la57,
             Self::InvariantTsc => features.invariant_tsc,

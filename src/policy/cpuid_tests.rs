@@ -82,6 +82,7 @@ fn icelake(function: u32, index: u32) -> [u32; 4] {
 
 const FULL: HostFeatures = HostFeatures {
     xcr0: 0x2E7,
+    xsaves: true,
     tsc_aux: true,
     spec_ctrl: true,
     lfence_serializing: true,
@@ -93,6 +94,7 @@ const FULL: HostFeatures = HostFeatures {
 
 const POOR: HostFeatures = HostFeatures {
     xcr0: 0,
+    xsaves: false,
     tsc_aux: false,
     spec_ctrl: false,
     lfence_serializing: false,
@@ -142,7 +144,8 @@ fn what_is_not_virtualized_is_not_shown() {
                 assert_eq!(table.leaf(dark, 0), [0; 4], "{dark:#x}");
             }
             assert_eq!(table.leaf(6, 0), [4, 0, 0, 0]);
-            assert_eq!(table.leaf(0xD, 1)[0] & !7, 0, "XSAVES");
+            assert_eq!(table.leaf(0xD, 1)[0] & !0xF, 0, "XFD");
+            assert_eq!(table.leaf(0xD, 1)[2..], [0; 2], "supervisor states");
             assert!(table.entries().iter().all(|entry| entry.function <= 0x8000_0021));
         }
     }
@@ -192,7 +195,7 @@ fn shape_of_the_table() {
     assert!(amd.find(0x8000_001D, 3).is_some_and(|last| last.eax & 0x1F == 0));
     assert!(amd.find(0x8000_001D, 4).is_none());
     assert_eq!(amd.leaf(0xD, 0), [0x2E7, 2440, 2440, 0]);
-    assert_eq!(amd.leaf(0xD, 1), [7, 2440, 0, 0]);
+    assert_eq!(amd.leaf(0xD, 1), [0xF, 2440, 0, 0]);
     assert_eq!(amd.leaf(0xD, 7), [1024, 1408, 0, 0]);
     assert!(amd.find(0xD, 3).is_none());
     assert_eq!(amd.leaf(0x4000_0001, 0), [0x0100_28AB, 0, 0, 0]);

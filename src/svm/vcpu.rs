@@ -125,6 +125,11 @@ impl Vendor for Svm {
         self.tsc_ratio.then_some(Format::SVM)
     }
 
+    fn guest_xsaves(&self) -> bool {
+        // There is no intercept.
+        true
+    }
+
     fn nested_levels(&self) -> u8 {
         // Nested walks have the depth of the host's own paging. APM Vol. 2 "Nested Paging".
         if self.features.la57 {

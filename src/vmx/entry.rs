@@ -41,7 +41,7 @@ use crate::{
 pub(super) mod own {
     /// Everything that is written once.
     pub(in crate::vmx) const CONSTANT: u8 = 1 << 0;
-    /// Nested root and TSC offset.
+    /// Nested root, TSC offset, and the masks of CR0 and CR4.
     pub(in crate::vmx) const CONTROL: u8 = 1 << 1;
     /// Secondary controls, and the fields of those that come and go.
     pub(in crate::vmx) const SECONDARY: u8 = 1 << 2;
@@ -84,6 +84,9 @@ impl VmxVcpu {
             vmcs.write(Control16::Vpid, vpid);
         }
         let features = &self.machine.host.config.features;
+        if features.xsaves {
+            vmcs.write(Control64::XssExitBitmap, 0);
+        }
         if features.encls_exiting {
             vmcs.write(Control64::EnclsExitBitmap, u64::MAX);
         }
@@ -93,8 +96,6 @@ impl VmxVcpu {
             vmcs.write(Host64::PerfGlobalCtrl, self.host_fields.perf_global_ctrl);
         }
         vmcs.write(Control64::VirtualApicAddress, insn::address(&self.apic.page));
-        vmcs.write(ControlNatural::Cr0Mask, u64::MAX);
-        vmcs.write(ControlNatural::Cr4Mask, u64::MAX);
         vmcs.write(Guest64::LinkPointer, NO_LINK);
         vmcs.write(Guest64::Debugctl, 0);
         vmcs.write(GuestNatural::Rip, self.rip);
@@ -126,6 +127,9 @@ impl VmxVcpu {
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
             self.write_tsc(vmcs);
+            let (cr0, cr4) = self.state.masks();
+            vmcs.write(ControlNatural::Cr0Mask, cr0);
+            vmcs.write(ControlNatural::Cr4Mask, cr4);
         }
         let features = &self.machine.host.config.features;
         if wanted & flush::NESTED != 0 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The software's copy of a guest's registers.
 //!
-//! What the guest changes only with an exit (control registers but CR3, EFER, DR7, most MSRs) is always known here. The rest is in the
+//! What the guest changes only with an exit (most of the control registers but CR3, EFER, DR7, most MSRs) is always known here. The rest is in the
 //! VMCS: while that is loaded, single fields are read when somebody asks; outside, everything is read at once, in a short stretch of its
 //! own if need be, and kept until the guest runs again.
 #![forbid(unsafe_code)]
@@ -28,7 +28,7 @@ use crate::{
     policy::vmx::{
         event::{fix_interruptibility, pending_debug_for},
         guest_state::Context,
-        pdpte,
+        pdpte, restricted,
     },
 };
 
@@ -49,6 +49,11 @@ const SEGMENTS: [SegmentFields; 8] = {
     [es, cs, ss, ds, fs, gs, SegmentFields::LDTR, SegmentFields::TR]
 };
 
+/// What the guest changes without an exit, because nothing depends on it outside the guest. CR4's only as far as its CPUID has them.
+const CR0_OWNED: u64 = cr0::TS;
+const CR4_OWNED: u64 =
+    cr4::PVI | cr4::TSD | cr4::DE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::FSGSBASE;
+
 /// Groups of fields that are read and written together: bits of `valid` and `dirty`. Segment N is bit N.
 pub(super) mod group {
     use super::SegmentName;
@@ -58,11 +63,14 @@ pub(super) mod group {
     pub(in super::super) const IDTR: u32 = 1 << 9;
     pub(in super::super) const CR3: u32 = 1 << 10;
     pub(in super::super) const INTERRUPTIBILITY: u32 = 1 << 11;
+    /// The bits of CR0 and CR4 that the guest changes itself.
+    pub(in super::super) const CR0_BITS: u32 = 1 << 12;
+    pub(in super::super) const CR4_BITS: u32 = 1 << 13;
     /// What the guest changes without an exit.
-    pub(in super::super) const VOLATILE: u32 = SEGMENTS | GDTR | IDTR | CR3 | INTERRUPTIBILITY;
+    pub(in super::super) const VOLATILE: u32 = SEGMENTS | GDTR | IDTR | CR3 | INTERRUPTIBILITY | CR0_BITS | CR4_BITS;
     /// Of these, what nearly every instruction of 64-bit code needs that is emulated: CS and SS, but no segment of its data.
     pub(in super::super) const LONG_CODE: u32 =
-        1 << SegmentName::Cs as u32 | 1 << SegmentName::Ss as u32 | CR3 | INTERRUPTIBILITY;
+        1 << SegmentName::Cs as u32 | 1 << SegmentName::Ss as u32 | VOLATILE & !(SEGMENTS | GDTR | IDTR);
     pub(in super::super) const CR0: u32 = 1 << 16;
     pub(in super::super) const CR4: u32 = 1 << 17;
     pub(in super::super) const EFER: u32 = 1 << 18;
@@ -107,9 +115,7 @@ impl Machine {
 
 /// The guest's registers but for what `Regs` holds.
 pub(super) struct GuestState {
-    pub(super) cr0: u64,
     pub(super) cr2: u64,
-    pub(super) cr4: u64,
     pub(super) efer: u64,
     pub(super) dr6: u64,
     pub(super) dr7: u64,
@@ -123,6 +129,11 @@ pub(super) struct GuestState {
     /// The entries at CR3 were not read since the paging mode or CR3 was set.
     pdptes_stale: bool,
 
+    /// Always known, but for what the guest owns: that is meaningful where `valid` says so.
+    cr0: Cell<u64>,
+    cr4: Cell<u64>,
+    /// Bits of CR4 that the guest changes itself.
+    cr4_owned: u64,
     /// Copies: meaningful where `valid` says so.
     segments: [Cell<Segment>; 8],
     gdtr: Cell<DescriptorTable>,
@@ -138,9 +149,7 @@ impl GuestState {
     /// All zero, and all of it to be written.
     pub(super) fn new() -> Self {
         Self {
-            cr0: 0,
             cr2: 0,
-            cr4: 0,
             efer: 0,
             dr6: 0,
             dr7: 0,
@@ -151,6 +160,9 @@ impl GuestState {
             spec_ctrl: 0,
             pdptes: [0; 4],
             pdptes_stale: false,
+            cr0: Cell::new(0),
+            cr4: Cell::new(0),
+            cr4_owned: 0,
             segments: Default::default(),
             gdtr: Cell::default(),
             idtr: Cell::default(),
@@ -219,6 +231,12 @@ impl GuestState {
         }
         if missing & group::INTERRUPTIBILITY != 0 {
             self.interruptibility.set(machine.vmcs.peek(Guest32::Interruptibility));
+        }
+        if missing & group::CR0_BITS != 0 {
+            self.read_cr0_bits(machine);
+        }
+        if missing & group::CR4_BITS != 0 {
+            self.read_cr4_bits(machine);
         }
         self.valid.set(self.valid.get() | missing);
     }
@@ -293,6 +311,64 @@ impl GuestState {
         self.changed(group::IDTR);
     }
 
+    fn read_cr0_bits(&self, machine: &Machine) {
+        self.cr0.set(self.cr0.get() & !CR0_OWNED | machine.vmcs.peek(GuestNatural::Cr0) & CR0_OWNED);
+    }
+
+    fn read_cr4_bits(&self, machine: &Machine) {
+        self.cr4.set(self.cr4.get() & !self.cr4_owned | machine.vmcs.peek(GuestNatural::Cr4) & self.cr4_owned);
+    }
+
+    pub(super) fn cr0(&self, machine: &Machine) -> u64 {
+        if !self.has(machine, group::CR0_BITS) {
+            self.read_cr0_bits(machine);
+            self.valid.set(self.valid.get() | group::CR0_BITS);
+        }
+        self.cr0.get()
+    }
+
+    /// CR0 but for what the guest owns, which may be old.
+    #[inline]
+    pub(super) fn cr0_mode(&self) -> u64 {
+        self.cr0.get()
+    }
+
+    pub(super) fn set_cr0(&mut self, value: u64) {
+        self.cr0.set(value);
+        self.changed(group::CR0 | group::CR0_BITS);
+    }
+
+    pub(super) fn cr4(&self, machine: &Machine) -> u64 {
+        if !self.has(machine, group::CR4_BITS) {
+            self.read_cr4_bits(machine);
+            self.valid.set(self.valid.get() | group::CR4_BITS);
+        }
+        self.cr4.get()
+    }
+
+    /// The bits `wanted` of CR4.
+    #[inline]
+    pub(super) fn cr4_bits(&self, machine: &Machine, wanted: u64) -> u64 {
+        wanted & if wanted & self.cr4_owned == 0 { self.cr4.get() } else { self.cr4(machine) }
+    }
+
+    pub(super) fn set_cr4(&mut self, value: u64) {
+        self.cr4.set(value);
+        self.changed(group::CR4 | group::CR4_BITS);
+    }
+
+    /// Which bits of CR4 the guest changes itself: of those that it may set.
+    pub(super) fn own_cr4(&mut self, machine: &Machine, allowed: u64) {
+        let now = self.cr4(machine);
+        self.cr4_owned = CR4_OWNED & allowed;
+        self.set_cr4(now);
+    }
+
+    /// The masks of CR0 and CR4: what is not the guest's.
+    pub(super) fn masks(&self) -> (u64, u64) {
+        (!CR0_OWNED, !self.cr4_owned)
+    }
+
     #[inline]
     pub(super) fn cr3(&self, machine: &Machine) -> u64 {
         if self.has(machine, group::CR3) {
@@ -319,7 +395,7 @@ impl GuestState {
 
     #[inline]
     pub(super) fn wants_pdptes(&self) -> bool {
-        self.pdptes_stale && pdpte::in_use(self.cr0, self.cr4, self.efer)
+        self.pdptes_stale && pdpte::in_use(self.cr0.get(), self.cr4.get(), self.efer)
     }
 
     /// Entries with reserved bits, which MOV to a control register would refuse, are taken as not present.
@@ -338,10 +414,10 @@ impl GuestState {
             tr,
             gdtr: self.gdtr(machine),
             idtr: self.idtr(machine),
-            cr0: self.cr0,
+            cr0: self.cr0(machine),
             cr2: self.cr2,
             cr3: self.cr3(machine),
-            cr4: self.cr4,
+            cr4: self.cr4(machine),
             cr8: 0,
             efer: self.efer,
             cpl: ss.attributes.dpl(),
@@ -357,11 +433,20 @@ impl GuestState {
         self.set_gdtr(regs.gdtr);
         self.set_idtr(regs.idtr);
         self.set_cr3(regs.cr3);
-        self.cr0 = regs.cr0;
+        self.set_cr0(regs.cr0);
         self.cr2 = regs.cr2;
-        self.cr4 = regs.cr4;
+        self.set_cr4(regs.cr4);
         self.efer = regs.efer;
-        self.changed(group::CR0 | group::CR4 | group::EFER);
+        self.changed(group::EFER);
+    }
+
+    /// Whether a CPU without unrestricted guests can run this one with its segments.
+    #[cold]
+    pub(super) fn segments_fit(&self, machine: &Machine, rflags: u64) -> bool {
+        let segments = core::array::from_fn(|number| self.segment(machine, number));
+        let stack = segments[SS].attributes;
+        let mode = Context::of(self.cr0.get(), self.efer, rflags, stack, machine.host.linear_bits).mode;
+        restricted::segments_fit(mode, rflags, &segments)
     }
 
     /// RFLAGS differ in `bits` from what the guest left: what must fit them is written again.
@@ -385,7 +470,7 @@ impl GuestState {
     pub(super) fn write_dirty(&mut self, machine: &Machine, vmcs: CurrentVmcs<'_>, rflags: u64) {
         let config = &machine.host.config;
         let stack = self.segment(machine, SS).attributes;
-        let context = Context::of(self.cr0, self.efer, rflags, stack, machine.host.linear_bits);
+        let context = Context::of(self.cr0.get(), self.efer, rflags, stack, machine.host.linear_bits);
         let dirty = core::mem::take(&mut self.dirty);
         for (number, (segment, fields)) in self.segments.iter().zip(&SEGMENTS).enumerate() {
             if dirty & 1 << number != 0 {
@@ -420,13 +505,13 @@ impl GuestState {
         }
         if dirty & group::CR0 != 0 {
             // Entries do not load CD and NW: hardware's copy has caching on.
-            vmcs.write(GuestNatural::Cr0, config.cr0.apply(self.cr0 & !(cr0::CD | cr0::NW)));
-            vmcs.write(ControlNatural::Cr0Shadow, self.cr0);
+            vmcs.write(GuestNatural::Cr0, config.cr0.apply(self.cr0.get() & !(cr0::CD | cr0::NW)));
+            vmcs.write(ControlNatural::Cr0Shadow, self.cr0.get());
         }
         if dirty & group::CR4 != 0 {
             // A machine check in a guest without MCE would shut the CPU down.
-            vmcs.write(GuestNatural::Cr4, config.cr4.apply(self.cr4 | cr4::MCE));
-            vmcs.write(ControlNatural::Cr4Shadow, self.cr4);
+            vmcs.write(GuestNatural::Cr4, config.cr4.apply(self.cr4.get() | cr4::MCE));
+            vmcs.write(ControlNatural::Cr4Shadow, self.cr4.get());
         }
         if dirty & group::EFER != 0 {
             let long = if self.efer & efer::LMA != 0 { entry::IA32E_MODE_GUEST } else { 0 };

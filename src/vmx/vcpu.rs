@@ -38,7 +38,10 @@ use crate::{
     policy::{
         msr::PAT_RESET,
         tsc::{Format, GuestTsc, Ratio},
-        vmx::event::{injection, interruptibility_for, Injection},
+        vmx::{
+            event::{injection, interruptibility_for, Injection},
+            restricted,
+        },
     },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
@@ -140,6 +143,10 @@ impl Vendor for Vmx {
         Ok(vcpu)
     }
 
+    fn guest_xsaves(&self) -> bool {
+        self.config.features.xsaves
+    }
+
     fn nested_levels(&self) -> u8 {
         4
     }
@@ -210,7 +217,7 @@ impl VendorVcpu for VmxVcpu {
             self.rsp = self.machine.vmcs.peek(GuestNatural::Rsp);
         }
         // INIT leaves CR0.CD, CR0.NW and most MSRs alone.
-        let caching = if init { self.state.cr0 & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
+        let caching = if init { self.state.cr0_mode() & (cr0::CD | cr0::NW) } else { cr0::CD | cr0::NW };
         self.set_system_regs(&SystemRegs { cr0: cr0::ET | caching, ..SystemRegs::AT_RESET });
         self.state.dr6 = dr::DR6_INIT;
         self.state.dr7 = dr::DR7_INIT;
@@ -270,12 +277,11 @@ impl VendorVcpu for VmxVcpu {
 
     #[inline]
     fn cr0(&self) -> u64 {
-        self.state.cr0
+        self.state.cr0(&self.machine)
     }
 
     fn set_cr0(&mut self, value: u64) {
-        self.state.cr0 = value;
-        self.state.changed(group::CR0);
+        self.state.set_cr0(value);
         self.flush |= flush::LINEAR;
     }
 
@@ -300,12 +306,21 @@ impl VendorVcpu for VmxVcpu {
 
     #[inline]
     fn cr4(&self) -> u64 {
-        self.state.cr4
+        self.state.cr4(&self.machine)
+    }
+
+    #[inline]
+    fn cr4_bits(&self, wanted: u64) -> u64 {
+        self.state.cr4_bits(&self.machine, wanted)
+    }
+
+    fn set_cr4_allowed(&mut self, allowed: u64) {
+        self.state.own_cr4(&self.machine, allowed);
+        self.dirty |= own::CONTROL;
     }
 
     fn set_cr4(&mut self, value: u64) {
-        self.state.cr4 = value;
-        self.state.changed(group::CR4);
+        self.state.set_cr4(value);
         self.flush |= flush::LINEAR;
     }
 
@@ -417,7 +432,7 @@ impl VendorVcpu for VmxVcpu {
             }
             _ => {}
         }
-        self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
+        self.injection = injection(event, self.state.cr0_mode() & cr0::PE != 0);
         let state = self.state.interruptibility(&self.machine);
         self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
     }
@@ -539,6 +554,17 @@ impl VendorVcpu for VmxVcpu {
 
     fn take_back(&mut self, lapic: &mut Lapic) {
         self.apic.take_back(lapic);
+    }
+
+    #[inline]
+    fn needs_software(&self, regs: &Regs) -> bool {
+        !self.machine.host.config.features.unrestricted_guest
+            && (!restricted::mode_fits(self.state.cr0_mode())
+                || self.state.is_dirty() && !self.state.segments_fit(&self.machine, regs.rflags))
+    }
+
+    fn forget_exit(&mut self) {
+        self.next_rip = None;
     }
 
     #[inline]

@@ -317,7 +317,11 @@ fn work(g: &Guest, progress: &mut u64) {
     let ticks = g.count(0x44);
     for _ in 0..40 {
         let end = g.cpu.run_for(30);
-        assert!(end == Err(EINTR), "{end:x?} at {:#x}", g.cpu.regs().rip);
+        if end != Err(EINTR) {
+            let regs = g.cpu.regs();
+            let frame: Vec<u64> = (0..3).map(|i| g.ram.read_u64(regs.rsp + 8 * i)).collect();
+            panic!("{end:x?}, frame {frame:x?}, counted {:#x} {:#x} {:#x}", regs.r12, regs.rax, g.ram.read_u64(DATA));
+        }
         if g.count(0x44) > ticks && g.ram.read_u64(DATA) > *progress {
             break;
         }

@@ -6,7 +6,7 @@
 //! raises #GP.
 //!
 //! Not supported: performance counters (the old ones read 0 and swallow writes), last-branch records, SMM, power management
-//! beyond what an old kernel reads at boot, SVM and VMX for guests, XSAVES, CET, PT.
+//! beyond what an old kernel reads at boot, SVM and VMX for guests, bits of XSS, CET, PT.
 #![forbid(unsafe_code)]
 
 mod constant;
@@ -279,6 +279,7 @@ impl MsrState {
             msr::POWER_CTL => Some(self.power_ctl),
             msr::SMI_COUNT => Some(self.smi_count),
             msr::DEBUGCTL => Some(0),
+            msr::XSS => caps.xsaves.then_some(0),
             msr::HWCR => Some(self.hwcr),
             msr::DE_CFG => cx.amd().then_some(self.de_cfg),
             msr::OSVW_ID_LENGTH => cx.amd().then_some(self.osvw[0]),
@@ -348,6 +349,7 @@ impl MsrState {
             }
             msr::POWER_CTL => self.power_ctl = value,
             msr::SMI_COUNT => self.smi_count = host.then_some(value)?,
+            msr::XSS => (caps.xsaves && value == 0).then_some(())?,
             msr::DEBUGCTL => (value & !DEBUGCTL_IGNORED == 0).then_some(())?,
             msr::HWCR => {
                 let value = value & !HWCR_IGNORED;

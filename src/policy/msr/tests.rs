@@ -220,6 +220,15 @@ fn unknown_msrs_fault() {
 }
 
 #[test]
+fn xss_is_zero() {
+    let mut bench = Bench::new(Vendor::Intel);
+    bench.caps.xsaves = true;
+    assert_eq!(bench.read(By::Guest, msr::XSS), Read::Value(0));
+    bench.kept(msr::XSS, &[0]);
+    bench.refused(msr::XSS, &[1, 1 << 8, 1 << 11, 1 << 63]);
+}
+
+#[test]
 fn what_linux_reads_at_boot_is_there() {
     let bench = Bench::new(Vendor::Amd);
     for (index, value) in [

@@ -10,6 +10,7 @@ pub mod guest_state;
 pub mod msr_bitmap;
 pub mod negotiate;
 pub mod pdpte;
+pub mod restricted;
 pub mod timer;
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 //! Which VMX controls a CPU runs guests with: from its capability MSRs to control words and features, or to the reason why not. SDM appendix
 //! "VMX Capability Reporting Facility".
 //!
-//! Wanted on every CPU: EPT with four levels and write-back tables, unrestricted guest (there is no other real-mode path), virtual NMIs, MSR bitmaps, and switching of EFER and PAT by hardware. All else is optional.
-//! Tertiary controls and secondary VM-exit controls are not used.
+//! Wanted on every CPU: EPT with four levels and write-back tables, virtual NMIs, MSR bitmaps, and switching of EFER and PAT by
+//! hardware. All else is optional. Tertiary controls and secondary VM-exit controls are not used.
 #![forbid(unsafe_code)]
 
 use core::fmt;
@@ -145,7 +145,6 @@ pub enum Refusal {
     NoEferSwitch,
     NoPatSwitch,
     NoEpt,
-    NoUnrestrictedGuest,
     NoFourLevels,
     NoWriteBackTables,
     NoInvept,
@@ -173,7 +172,6 @@ impl fmt::Display for Refusal {
             Self::NoEferSwitch => "VM entries and exits do not load EFER",
             Self::NoPatSwitch => "VM entries and exits do not load the PAT",
             Self::NoEpt => "no EPT",
-            Self::NoUnrestrictedGuest => "no unrestricted guest",
             Self::NoFourLevels => "no EPT tables of four levels",
             Self::NoWriteBackTables => "EPT tables cannot be write-back memory",
             Self::NoInvept => "no INVEPT",
@@ -194,11 +192,19 @@ pub struct Options {
     pub preemption_timer: Option<u32>,
     /// Accessed and dirty bits of EPT entries.
     pub accessed_dirty: bool,
+    /// Guests in real mode and without paging run on the CPU.
+    pub unrestricted_guest: bool,
 }
 
 impl Options {
     /// Everything that the CPU has.
-    pub const ALL: Self = Self { apicv: true, pml: true, accessed_dirty: true, preemption_timer: Some(100_000) };
+    pub const ALL: Self = Self {
+        apicv: true,
+        pml: true,
+        accessed_dirty: true,
+        unrestricted_guest: true,
+        preemption_timer: Some(100_000),
+    };
 }
 
 /// The control words that a new virtual CPU starts with. What comes and goes (windows, APICv, PML, ...) is off.
@@ -217,6 +223,8 @@ pub struct Features {
     /// EPT pages of 2 MiB and 1 GiB.
     pub page_2m: bool,
     pub page_1g: bool,
+    /// Guests in real mode and without paging run on the CPU. Otherwise software emulates them.
+    pub unrestricted_guest: bool,
     /// EPT entries have accessed and dirty bits.
     pub accessed_dirty: bool,
     /// EPT tables of five levels.
@@ -291,7 +299,7 @@ pub struct Config {
     pub revision: u32,
     pub controls: Controls,
     pub features: Features,
-    /// For guests: unrestricted, so PE and PG are free.
+    /// For guests: where they are unrestricted, PE and PG are free.
     pub cr0: Fixed,
     pub cr4: Fixed,
 }
@@ -319,9 +327,9 @@ const PRIMARY_LATER: u32 = primary::INTERRUPT_WINDOW_EXITING | primary::NMI_WIND
 const PRIMARY_OPTIONAL: u32 = primary::MONITOR_EXITING | primary::MWAIT_EXITING;
 const CR8_EXITING: u32 = primary::CR8_LOAD_EXITING | primary::CR8_STORE_EXITING;
 
-const SECONDARY: u32 = secondary::EPT | secondary::UNRESTRICTED_GUEST;
+const SECONDARY: u32 = secondary::EPT;
 const SECONDARY_OPTIONAL: u32 =
-    secondary::RDTSCP | secondary::INVPCID | secondary::WBINVD_EXITING | secondary::ENCLS_EXITING;
+    secondary::RDTSCP | secondary::INVPCID | secondary::XSAVES | secondary::WBINVD_EXITING | secondary::ENCLS_EXITING;
 
 const EXIT: u32 = exit::HOST_ADDRESS_SPACE_SIZE | exit::SAVE_DEBUG_CONTROLS | exit::LOAD_EFER | exit::LOAD_PAT;
 
@@ -342,7 +350,6 @@ pub fn negotiate(msrs: &CapabilityMsrs, options: Options) -> Result<Config, Refu
         (!msrs.may(Word::Exit, exit::LOAD_EFER) || !msrs.may(Word::Entry, entry::LOAD_EFER), Refusal::NoEferSwitch),
         (!msrs.may(Word::Exit, exit::LOAD_PAT) || !msrs.may(Word::Entry, entry::LOAD_PAT), Refusal::NoPatSwitch),
         (!msrs.may(Word::Secondary, secondary::EPT), Refusal::NoEpt),
-        (!msrs.may(Word::Secondary, secondary::UNRESTRICTED_GUEST), Refusal::NoUnrestrictedGuest),
         (msrs.ept_vpid & ept_vpid::WALK_4 == 0, Refusal::NoFourLevels),
         (msrs.ept_vpid & ept_vpid::POINTER_WB == 0, Refusal::NoWriteBackTables),
     ] {
@@ -353,10 +360,14 @@ pub fn negotiate(msrs: &CapabilityMsrs, options: Options) -> Result<Config, Refu
     let features = features(msrs, options)?;
     let cr8_exiting = if features.tpr_shadow { 0 } else { CR8_EXITING };
     let vpid = if features.vpid.is_some() { secondary::VPID } else { 0 };
+    let (unrestricted, free) = match features.unrestricted_guest {
+        true => (secondary::UNRESTRICTED_GUEST, cr0::PE | cr0::PG),
+        false => (0, 0),
+    };
     let controls = Controls {
         pin: choose(msrs, Word::Pin, PIN, 0, 0)?,
         primary: choose(msrs, Word::Primary, PRIMARY | cr8_exiting, PRIMARY_LATER, PRIMARY_OPTIONAL)?,
-        secondary: choose(msrs, Word::Secondary, SECONDARY | vpid, 0, SECONDARY_OPTIONAL)?,
+        secondary: choose(msrs, Word::Secondary, SECONDARY | vpid | unrestricted, 0, SECONDARY_OPTIONAL)?,
         exit: choose(msrs, Word::Exit, EXIT, 0, 0)?,
         entry: choose(msrs, Word::Entry, ENTRY, ENTRY_LATER, 0)?,
     };
@@ -364,7 +375,7 @@ pub fn negotiate(msrs: &CapabilityMsrs, options: Options) -> Result<Config, Refu
         revision: basic.revision(),
         controls,
         features,
-        cr0: Fixed { ones: msrs.cr0_fixed0 & !(cr0::PE | cr0::PG), may: msrs.cr0_fixed1 },
+        cr0: Fixed { ones: msrs.cr0_fixed0 & !free, may: msrs.cr0_fixed1 },
         cr4: Fixed { ones: msrs.cr4_fixed0, may: msrs.cr4_fixed1 },
     })
 }
@@ -405,12 +416,15 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
     // Without stepping and the bits that no model number has.
     let model = msrs.signature & 0x0FFF_0FF0;
     let tpr_shadow = msrs.may(Word::Primary, primary::TPR_SHADOW);
-    let apicv = options.apicv && tpr_shadow;
+    let unrestricted_guest = options.unrestricted_guest && may_secondary(secondary::UNRESTRICTED_GUEST);
+    // Where software runs the guest at times, it has the guest's interrupts, too. CPUs that need it have no APICv.
+    let apicv = options.apicv && tpr_shadow && unrestricted_guest;
     let apic_registers = apicv && may_secondary(secondary::APIC_REGISTER_VIRTUALIZATION);
     let virtual_interrupts = apic_registers && may_secondary(secondary::VIRTUAL_INTERRUPT_DELIVERY);
     Ok(Features {
         page_2m: ept(ept_vpid::PAGE_2M),
         page_1g: ept(ept_vpid::PAGE_1G),
+        unrestricted_guest,
         accessed_dirty: options.accessed_dirty && ept(ept_vpid::ACCESSED_DIRTY),
         five_levels: ept(ept_vpid::WALK_5),
         invept,

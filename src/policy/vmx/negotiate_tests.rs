@@ -24,12 +24,11 @@ fn config(cpu: &Cpu) -> Config {
 
 #[test]
 fn old_cpus_are_refused_for_what_they_lack() {
-    for (cpu, refusal) in [(VIA_L4700, Refusal::NoSecondaryControls), (NEHALEM, Refusal::NoUnrestrictedGuest)] {
-        assert_eq!(negotiate(&cpu.msrs, Options::ALL), Err(refusal), "{}", cpu.name);
-    }
+    assert_eq!(negotiate(&VIA_L4700.msrs, Options::ALL), Err(Refusal::NoSecondaryControls));
 }
 
-const GOOD: [Cpu; 11] = [
+const GOOD: [Cpu; 12] = [
+    NEHALEM,
     WESTMERE,
     SANDY_BRIDGE,
     HASWELL,
@@ -80,7 +79,7 @@ fn exact_words_of_two_cpus() {
         haswell.controls
     );
     let bochs = config(&BOCHS_SKYLAKE_X);
-    assert_eq!(bochs.controls.secondary, 0x10EA);
+    assert_eq!(bochs.controls.secondary, 0x10_10EA);
     assert_eq!(bochs.controls.pin, haswell.controls.pin);
 }
 
@@ -105,10 +104,24 @@ fn features_of_real_cpus() {
 #[test]
 fn accessed_and_dirty_bits_came_with_haswell() {
     for cpu in &GOOD {
-        let old = ["Westmere", "Sandy Bridge"].contains(&cpu.name);
+        let old = ["Nehalem", "Westmere", "Sandy Bridge"].contains(&cpu.name);
         assert_eq!(config(cpu).features.accessed_dirty, !old, "{}", cpu.name);
         let without = negotiate(&cpu.msrs, Options { accessed_dirty: false, ..Options::ALL }).unwrap();
         assert!(!without.features.accessed_dirty, "{}", cpu.name);
+    }
+}
+
+#[test]
+fn guests_of_nehalem_are_emulated_at_times() {
+    for cpu in &GOOD {
+        let free = cr0::PE | cr0::PG;
+        let able = config(cpu);
+        assert_eq!(able.features.unrestricted_guest, cpu.name != "Nehalem", "{}", cpu.name);
+        assert_eq!(able.cr0.ones & free, if cpu.name == "Nehalem" { free } else { 0 });
+        let unable = negotiate(&cpu.msrs, Options { unrestricted_guest: false, ..Options::ALL }).unwrap();
+        assert_eq!(unable.controls.secondary & secondary::UNRESTRICTED_GUEST, 0, "{}", cpu.name);
+        assert_eq!(unable.cr0.ones & free, free);
+        assert!(!unable.features.virtual_interrupts && !unable.features.apic_access, "{}", cpu.name);
     }
 }
 
@@ -177,7 +190,6 @@ fn what_is_missing_is_named() {
         (Word::Primary, primary::USE_MSR_BITMAPS, Refusal::NoMsrBitmaps),
         (Word::Primary, primary::ACTIVATE_SECONDARY, Refusal::NoSecondaryControls),
         (Word::Secondary, secondary::EPT, Refusal::NoEpt),
-        (Word::Secondary, secondary::UNRESTRICTED_GUEST, Refusal::NoUnrestrictedGuest),
         (Word::Exit, exit::LOAD_EFER, Refusal::NoEferSwitch),
         (Word::Entry, entry::LOAD_EFER, Refusal::NoEferSwitch),
         (Word::Exit, exit::LOAD_PAT, Refusal::NoPatSwitch),
@@ -315,7 +327,7 @@ fn firmware() {
 
 #[test]
 fn every_refusal_has_its_line() {
-    assert_eq!(Refusal::NoUnrestrictedGuest.to_string(), "no unrestricted guest");
+    assert_eq!(Refusal::NoVirtualNmis.to_string(), "no virtual NMIs");
     let forced = Refusal::Forced { word: Word::Primary, bits: 0x8000 };
     assert_eq!(forced.to_string(), "primary execution controls 0x8000 cannot be off");
     let missing = Refusal::Missing { word: Word::Entry, bits: 0x200 };
@@ -353,6 +365,7 @@ fn random_capabilities_are_refused_or_legal() {
             pml: next() & 1 != 0,
             accessed_dirty: next() & 1 != 0,
             preemption_timer: (next() & 1 != 0).then_some(100_000),
+            ..Options::ALL
         };
         match negotiate(&msrs, options) {
             Ok(config) => {
