@@ -315,6 +315,7 @@ impl VmxVcpu {
             Exit::WriteLogFull | Exit::Deadline | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
+            Exit::NestedFault(_) if self.state.efer & efer::LMA != 0 => group::LONG_CODE,
             // MOV to a control register may be from RSP.
             Exit::ControlRegister(_) => {
                 self.read_rsp(regs);

@@ -56,6 +56,8 @@ const CR4_OWNED: u64 =
 
 /// Groups of fields that are read and written together: bits of `valid` and `dirty`. Segment N is bit N.
 pub(super) mod group {
+    use super::SegmentName;
+
     pub(in super::super) const SEGMENTS: u32 = 0xFF;
     pub(in super::super) const GDTR: u32 = 1 << 8;
     pub(in super::super) const IDTR: u32 = 1 << 9;
@@ -66,6 +68,9 @@ pub(super) mod group {
     pub(in super::super) const CR4_BITS: u32 = 1 << 13;
     /// What the guest changes without an exit.
     pub(in super::super) const VOLATILE: u32 = SEGMENTS | GDTR | IDTR | CR3 | INTERRUPTIBILITY | CR0_BITS | CR4_BITS;
+    /// Of these, what nearly every instruction of 64-bit code needs that is emulated: CS and SS, but no segment of its data.
+    pub(in super::super) const LONG_CODE: u32 =
+        1 << SegmentName::Cs as u32 | 1 << SegmentName::Ss as u32 | VOLATILE & !(SEGMENTS | GDTR | IDTR);
     pub(in super::super) const CR0: u32 = 1 << 16;
     pub(in super::super) const CR4: u32 = 1 << 17;
     pub(in super::super) const EFER: u32 = 1 << 18;
