@@ -328,7 +328,7 @@ impl<V: Vendor> State<V> {
                 }
             }
             Exit::Hypercall => self.handle_hypercall(vm, false),
-            Exit::InterruptWindow => Ok(()),
+            Exit::InterruptWindow | Exit::PriorityLowered => Ok(()),
             Exit::NmiWindow => {
                 self.hw.want_nmi_window(false);
                 self.events.nmi_masked = false;

@@ -258,7 +258,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     #[inline]
     fn device_fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
         match &self.apic_page {
-            Some(page) if fault.gpa.gfn() == APIC_FRAME && !fault.execute => self.map_apic_page(page.address(), may_sleep),
+            Some(page) if fault.gpa.gfn() == APIC_FRAME && !fault.execute => {
+                self.map_apic_page(page.address(), may_sleep)
+            }
             _ => Ok(Fault::Mmio),
         }
     }

@@ -32,6 +32,7 @@ use crate::{
         signal, task, timer, trace,
     },
     guest::{event::vector, exit::NestedFault, queue::Readiness, Event, Exception, Exit},
+    irqchip::lapic::Lapic,
     mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -471,18 +472,21 @@ impl<V: Vendor> State<V> {
     #[inline]
     fn interrupt_waits(&self) -> bool {
         match &self.lapic {
-            Some(lapic) => {
-                lapic.highest_pending().is_some()
-                    || (self.pic_signal || self.user_interrupt.is_some()) && lapic.accepts_pic()
-            }
+            Some(lapic) => lapic.highest_pending().is_some() || self.pic_interrupt_waits(lapic),
             None => self.user_interrupt.is_some(),
         }
     }
 
-    /// Whether an interrupt waits only for the guest to lower CR8, which must be seen then.
+    /// Whether an interrupt of the 8259A waits, wherever that is, and gets past the local APIC.
     #[inline]
-    fn held_back_by_tpr(&self) -> bool {
-        self.lapic.as_ref().is_some_and(|lapic| lapic.tpr_threshold().is_some())
+    fn pic_interrupt_waits(&self, lapic: &Lapic) -> bool {
+        (self.pic_signal || self.user_interrupt.is_some()) && lapic.accepts_pic()
+    }
+
+    /// The priority below which the guest must lower CR8 for an interrupt that waits for nothing else, which must be seen then.
+    #[inline]
+    fn held_back_by_tpr(&self) -> Option<u8> {
+        self.lapic.as_ref()?.tpr_threshold()
     }
 
     /// Whether a halted CPU goes on.
@@ -499,15 +503,18 @@ impl<V: Vendor> State<V> {
     /// this very vCPU.
     #[inline]
     fn prepare_entry(&mut self, vcpu: &Vcpu<V>, user_window: bool, irqs: &IrqsOff) -> bool {
-        self.hand_over(irqs);
-        if let Some(lapic) = &self.lapic {
-            if lapic.cr8() != self.cr8 {
-                self.cr8 = lapic.cr8();
-                self.hw.set_tpr(self.cr8);
+        let (waits, held_back) = if self.hand_over(irqs) {
+            (self.lapic.as_ref().is_some_and(|lapic| self.pic_interrupt_waits(lapic)), false)
+        } else {
+            if let Some(lapic) = &self.lapic {
+                if lapic.cr8() != self.cr8 {
+                    self.cr8 = lapic.cr8();
+                    self.hw.set_tpr(self.cr8);
+                }
             }
-        }
-        let waits = self.interrupt_waits() && !self.debug.blocks_interrupts();
-        let held_back = self.held_back_by_tpr();
+            (self.interrupt_waits(), self.held_back_by_tpr().is_some())
+        };
+        let waits = waits && !self.debug.blocks_interrupts();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
             return false;
@@ -577,7 +584,7 @@ impl<V: Vendor> State<V> {
         let held_back = self.held_back_by_tpr();
         self.hw.want_interrupt_window(more);
         self.hw.want_cr8_writes(held_back);
-        self.windows_open = more || held_back;
+        self.windows_open = more || held_back.is_some();
         asked_pic
     }
 

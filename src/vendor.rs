@@ -103,8 +103,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_nmi_window(&mut self, wanted: bool);
     /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.
     fn set_nmi_masked(&mut self, masked: bool);
-    /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
-    fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for [`Exit::ControlRegister`] when the guest writes CR8, or for [`Exit::PriorityLowered`] when it has become less than this.
+    fn want_cr8_writes(&mut self, below: Option<u8>);
     /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
     fn want_breakpoints(&mut self, wanted: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.

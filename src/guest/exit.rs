@@ -71,6 +71,8 @@ pub enum Exit {
     ControlRegister(RegisterMove),
     DebugRegister(RegisterMove),
     NestedFault(NestedFault),
+    /// The guest lowered CR8, and somebody waits for that; the instruction is over.
+    PriorityLowered,
     /// The guest wrote `value` to the local APIC's register at `offset`; the instruction is over. The ICR comes with its upper half.
     ApicWrite {
         offset: u32,
@@ -113,7 +115,7 @@ impl Exit {
             Self::DebugRegister(_) => 12,
             Self::NestedFault(_) => 13,
             Self::Shutdown => 14,
-            Self::ApicWrite { .. } | Self::EndOfInterrupt { .. } => 16,
+            Self::PriorityLowered | Self::ApicWrite { .. } | Self::EndOfInterrupt { .. } => 16,
             _ => 15,
         }
     }

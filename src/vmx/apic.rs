@@ -17,7 +17,7 @@ use crate::{
         vmcs::{
             control::secondary,
             exit::{ApicAccess, ApicAccessKind},
-            Control64, Guest16,
+            Control32, Control64, Guest16,
         },
         Gpa, Hpa,
     },
@@ -47,6 +47,8 @@ pub(super) struct Apic {
     /// The APIC-access page.
     window: Option<Hpa>,
     controls: ApicControls,
+    /// Where software delivers: the guest exits when its priority class falls below this.
+    threshold: u8,
     /// Vectors whose EOI somebody hears.
     heard: Bits256,
     /// The EOI-exit bitmap, as the VMCS has it.
@@ -62,6 +64,7 @@ impl Apic {
             page: PhysBox::new()?,
             window: None,
             controls: ApicControls::default(),
+            threshold: 0,
             heard: Bits256::EMPTY,
             eoi_exits: [0; 4],
             returned: None,
@@ -81,6 +84,11 @@ impl Apic {
     pub(super) fn set_cr8(&mut self, cr8: u8) {
         self.page.set_cr8(cr8);
         self.returned = None;
+    }
+
+    /// Whether the threshold changed. It is never above the priority class that the guest has.
+    pub(super) fn set_threshold(&mut self, class: u8) -> bool {
+        core::mem::replace(&mut self.threshold, class) != class
     }
 
     /// Whether the guest accesses the page as its local APIC.
@@ -121,6 +129,7 @@ impl Apic {
         let x2apic = self.controls.secondary & secondary::VIRTUALIZE_X2APIC_MODE != 0;
         let bitmap = if x2apic { &host.x2apic_msr_bitmap } else { &host.msr_bitmap };
         vmcs.write(Control64::MsrBitmaps, insn::address(bitmap));
+        vmcs.write(Control32::TprThreshold, self.threshold.into());
         if let (true, Some(Hpa(window))) = (self.has_window(), self.window) {
             vmcs.write(Control64::ApicAccessAddress, window);
         }

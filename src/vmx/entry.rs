@@ -75,7 +75,6 @@ impl VmxVcpu {
             Control32::EntryInterruptionInfo,
             Control32::EntryErrorCode,
             Control32::EntryInstructionLength,
-            Control32::TprThreshold,
         ] {
             vmcs.write(zero, 0);
         }
@@ -159,6 +158,7 @@ impl VmxVcpu {
                 }
                 self.entry_failed(irqs, reason.0.into())
             }
+            VmExit::TprBelowThreshold => Exit::PriorityLowered,
             VmExit::Apic(access) => apic::access(access),
             VmExit::ApicWrite { offset } => self.apic.written(offset),
             VmExit::VirtualizedEoi { vector } => Exit::EndOfInterrupt { vector },
@@ -290,7 +290,7 @@ impl VmxVcpu {
         let exit = self.neutral(decoded.exit, irqs);
         self.wanted = match exit {
             Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
-            Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
+            Exit::PriorityLowered | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             // MOV to a control register may be from RSP.

@@ -427,8 +427,11 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::NMI_WINDOW_EXITING, wanted);
     }
 
-    fn want_cr8_writes(&mut self, wanted: bool) {
-        set_bit(&mut self.primary, primary::CR8_LOAD_EXITING, wanted);
+    fn want_cr8_writes(&mut self, below: Option<u8>) {
+        // Without the shadow every write exits.
+        if self.machine.host.config.features.tpr_shadow && self.apic.set_threshold(below.unwrap_or(0)) {
+            self.dirty |= own::APIC;
+        }
     }
 
     fn want_breakpoints(&mut self, wanted: bool) {
