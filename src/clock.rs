@@ -6,7 +6,10 @@ use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     abi::{
-        pvclock::{KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_TSC_STABLE_BIT},
+        pvclock::{
+            KvmStealTime, PvclockVcpuTimeInfo, PvclockWallClock, TscScale, PVCLOCK_GUEST_STOPPED,
+            PVCLOCK_TSC_STABLE_BIT,
+        },
         FromZeros,
     },
     arch::Gpa,
@@ -26,6 +29,8 @@ pub(crate) struct VmClock {
     state: IrqSpinLock<Clock>,
 }
 
+/// Where the flags are in `struct pvclock_vcpu_time_info`.
+const FLAGS: u64 = core::mem::offset_of!(PvclockVcpuTimeInfo, flags) as u64;
 /// Where the version is in `struct kvm_steal_time`.
 const VERSION_OF_STEAL_TIME: u64 = core::mem::offset_of!(KvmStealTime, version) as u64;
 
@@ -106,17 +111,35 @@ pub(crate) struct VcpuClock {
     steal_time: Option<Gpa>,
     /// Run-queue wait of the vCPU's thread that the guest has been told of.
     stolen_ns: u64,
+    /// The guest is to be told that it was stopped.
+    stopped: bool,
 }
 
 impl VcpuClock {
     /// The guest has not asked for any.
     pub(crate) fn new(peer: Arc<Peer>) -> Self {
-        Self { peer, system_time: None, system_time_version: 0, wall_clock: None, steal_time: None, stolen_ns: 0 }
+        Self {
+            peer,
+            system_time: None,
+            system_time_version: 0,
+            wall_clock: None,
+            steal_time: None,
+            stolen_ns: 0,
+            stopped: false,
+        }
     }
 
     /// Forgets what the guest asked for.
     pub(crate) fn reset(&mut self) {
         *self = Self::new(self.peer.clone());
+    }
+
+    /// KVM_KVMCLOCK_CTRL: the guest's watchdogs are to forgive the time since it last ran. `EINVAL` if it has no clock.
+    pub(crate) fn guest_stopped(&mut self) -> Result {
+        self.system_time.ok_or(EINVAL)?;
+        self.stopped = true;
+        self.post();
+        Ok(())
     }
 
     pub(crate) fn set_system_time(&mut self, at: Option<Gpa>) {
@@ -157,6 +180,16 @@ impl<V: Vendor> State<V> {
             // A reader must see an odd version while the rest changes.
             let version = self.clock.system_time_version.wrapping_add(2);
             self.clock.system_time_version = version;
+            // The guest takes it away when it has seen it.
+            let mut old = [0];
+            let _ = view.read(at.wrapping_add(FLAGS), &mut old);
+            let mut flags = old[0] & PVCLOCK_GUEST_STOPPED;
+            if core::mem::take(&mut self.clock.stopped) {
+                flags |= PVCLOCK_GUEST_STOPPED;
+            }
+            if timer::tsc_is_stable() {
+                flags |= PVCLOCK_TSC_STABLE_BIT;
+            }
             let mut info = PvclockVcpuTimeInfo {
                 version: version.wrapping_sub(1) | 1,
                 pad0: 0,
@@ -164,7 +197,7 @@ impl<V: Vendor> State<V> {
                 system_time: clock_ns,
                 tsc_to_system_mul: scale.mul,
                 tsc_shift: scale.shift,
-                flags: if timer::tsc_is_stable() { PVCLOCK_TSC_STABLE_BIT } else { 0 },
+                flags,
                 pad: [0; 2],
             };
             // By itself first: the bytes of one copy come in no order.

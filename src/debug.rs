@@ -117,6 +117,7 @@ impl<V: Vendor> Core<V> {
             }
         }
         state.hw.want_breakpoints(state.debug.has(KVM_GUESTDBG_USE_SW_BP));
+        state.hw.set_user_steps(state.debug.steps());
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     glue::page::{SharedPage, UserPage, PAGE_SIZE},
 };
 
-/// Entries kept free for what is written between two looks at the ring.
+/// Entries kept free for what the host writes between two looks at the ring.
 const RESERVED: u32 = 64;
 const PER_PAGE: u32 = PAGE_SIZE as u32 / KVM_DIRTY_GFN_BYTES;
 
@@ -23,15 +23,18 @@ pub(crate) struct DirtyRing {
     pages: KVec<SharedPage>,
     /// A power of two.
     entries: u32,
+    /// Entries kept free for what is written between two looks at the ring.
+    reserved: u32,
     /// Entries ever pushed, and ever reset; both wrap around.
     pushed: AtomicU32,
     reset: AtomicU32,
 }
 
-/// Entries in a ring of so many bytes. `EINVAL` where KVM says so: not a power of two, too few, too many.
-pub(crate) fn entries_of(bytes: u64) -> Result<u32> {
+/// Entries in a ring of so many bytes, where hardware may note `logged` pages between two looks at it. `EINVAL` where KVM says so: not a
+/// power of two, too few, too many.
+pub(crate) fn entries_of(bytes: u64, logged: u32) -> Result<u32> {
     let entries = bytes / u64::from(KVM_DIRTY_GFN_BYTES);
-    let good = bytes.is_power_of_two() && bytes >= PAGE_SIZE as u64 && entries >= u64::from(RESERVED);
+    let good = bytes.is_power_of_two() && bytes >= PAGE_SIZE as u64 && entries >= u64::from(RESERVED + logged);
     match u32::try_from(entries) {
         Ok(entries) if good && entries <= KVM_DIRTY_RING_MAX_ENTRIES => Ok(entries),
         Ok(entries) if good && entries > KVM_DIRTY_RING_MAX_ENTRIES => Err(E2BIG),
@@ -40,13 +43,14 @@ pub(crate) fn entries_of(bytes: u64) -> Result<u32> {
 }
 
 impl DirtyRing {
-    pub(crate) fn new(entries: u32) -> Result<Self> {
+    /// An empty ring. `logged` as for [`entries_of`].
+    pub(crate) fn new(entries: u32, logged: u32) -> Result<Self> {
         let count = (entries / PER_PAGE) as usize;
         let mut pages = KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..count {
             pages.push(SharedPage::new()?, GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Self { pages, entries, pushed: AtomicU32::new(0), reset: AtomicU32::new(0) })
+        Ok(Self { pages, entries, reserved: RESERVED + logged, pushed: AtomicU32::new(0), reset: AtomicU32::new(0) })
     }
 
     /// Page `index` of the ring, for userspace's mapping.
@@ -61,7 +65,7 @@ impl DirtyRing {
 
     /// Whether the vCPU must wait for userspace.
     pub(crate) fn is_nearly_full(&self) -> bool {
-        self.used() >= self.entries.saturating_sub(RESERVED)
+        self.used() >= self.entries.saturating_sub(self.reserved)
     }
 
     /// Page and offset of an entry.

@@ -286,6 +286,23 @@ impl<V: Vendor> Vcpu<V> {
         self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
     }
 
+    /// Goes on with an instruction that waited for userspace's answer to the read of a device.
+    pub(crate) fn answer_read(&self, core: &mut Core<V>, data: u64) -> Result<Option<ToUser>> {
+        let Core { state, fpu, emulator, .. } = core;
+        emulator.complete_read(data);
+        let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
+        if !traps && !state.debug.steps() {
+            let (data, vm) = (&self.data, &*self.vm);
+            let mut emulated =
+                Emulated { state, fpu, data, vm, view: None, found: None, untranslated: false, lost: false };
+            if emulator.finish_load(&mut emulated) {
+                self.peer.stats.count(VcpuStat::InsnEmulation);
+                return Ok(None);
+            }
+        }
+        self.emulate_on(core, None)
+    }
+
     /// Goes on with an instruction that waited for userspace, or begins one. `code`: its bytes, if they are known.
     pub(crate) fn emulate_on(&self, core: &mut Core<V>, code: Option<&[u8]>) -> Result<Option<ToUser>> {
         let vm = &*self.vm;
@@ -319,11 +336,11 @@ impl<V: Vendor> Vcpu<V> {
                 Step::Done => true,
                 Step::MmioRead { gpa, len } => match state.device_read(vm, gpa, len) {
                     Some(value) => {
-                        emulator.complete_read(value.to_le_bytes().get(..usize::from(len)).unwrap_or(&[]));
+                        emulator.complete_read(value);
                         false
                     }
                     None => {
-                        core.pending = Pending::MmioRead { len };
+                        core.pending = Pending::MmioRead;
                         return Ok(Some(ToUser::Mmio { gpa, data: [0; 8], len, write: false }));
                     }
                 },

@@ -143,7 +143,7 @@ impl<V: Vendor> Vm<V> {
                 enabled.bus_cycle_ns.store(value, Relaxed);
             }
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
-                let entries = entries_of(value)?;
+                let entries = entries_of(value, self.host.owner.hardware().write_log_entries())?;
                 let _setup = self.setup.lock();
                 if self.peers.len() > 0 || self.peers.ring_entries() != 0 {
                     return Err(EINVAL);

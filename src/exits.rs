@@ -328,7 +328,7 @@ impl<V: Vendor> State<V> {
                 }
             }
             Exit::Hypercall => self.handle_hypercall(vm, false),
-            Exit::InterruptWindow | Exit::PriorityLowered => Ok(()),
+            Exit::InterruptWindow | Exit::PriorityLowered | Exit::WriteLogFull => Ok(()),
             Exit::NmiWindow => {
                 self.hw.want_nmi_window(false);
                 self.events.nmi_masked = false;

@@ -41,6 +41,15 @@ use crate::{
     vcpu::{request, Peers},
 };
 
+/// How a GSI is driven.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Drive {
+    Low,
+    High,
+    /// High and low again, before anybody else drives it: of two pulses at the same time the second is an edge, too.
+    Pulse,
+}
+
 /// The PIT's interrupt.
 const PIT_GSI: u32 = 0;
 
@@ -152,18 +161,18 @@ impl Controllers {
 
     /// Drives a GSI. The sum over its routes as KVM_IRQ_LINE_STATUS has it: negative when nothing was delivered, 0 when
     /// coalesced.
-    pub(crate) fn set_gsi(&self, gsi: u32, source: LineSource, level: bool) -> i32 {
+    pub(crate) fn set_gsi(&self, gsi: u32, source: LineSource, drive: Drive) -> i32 {
         let mut result = LineStatus::Ignored.kvm();
         let routes = self.routes.read();
         for route in routing::lookup(&routes.routes, &routes.starts, gsi) {
             let status = match route.target {
-                Target::Msi(_) if !level => continue,
+                Target::Msi(_) if drive == Drive::Low => continue,
                 Target::Msi(msi) => match self.deliver(&msi.message(self.has(mode::WIDE_IDS))) {
                     None => LineStatus::Ignored.kvm(),
                     Some(count) => count as i32,
                 },
-                Target::Pic(pin) => self.set_pic(pin, source, level),
-                Target::Ioapic(pin) => self.set_ioapic(pin, source, level),
+                Target::Pic(pin) => self.set_pic(pin, source, drive),
+                Target::Ioapic(pin) => self.set_ioapic(pin, source, drive),
             };
             if status >= 0 {
                 result = result.max(0).saturating_add(status);
@@ -172,10 +181,13 @@ impl Controllers {
         result
     }
 
-    fn set_pic(&self, pin: u8, source: LineSource, level: bool) -> i32 {
+    fn set_pic(&self, pin: u8, source: LineSource, drive: Drive) -> i32 {
         let mut chips = self.chips.lock();
         let Some(irqchip) = &mut chips.irqchip else { return LineStatus::Ignored.kvm() };
-        let (status, rose) = irqchip.pic.set_line(pin, source, level);
+        let (status, rose) = irqchip.pic.set_line(pin, source, drive != Drive::Low);
+        if drive == Drive::Pulse {
+            let _ = irqchip.pic.set_line(pin, source, false);
+        }
         drop(chips);
         if rose {
             self.notify_pic();
@@ -183,14 +195,18 @@ impl Controllers {
         status.kvm()
     }
 
-    fn set_ioapic(&self, pin: u8, source: LineSource, level: bool) -> i32 {
+    fn set_ioapic(&self, pin: u8, source: LineSource, drive: Drive) -> i32 {
         let mut chips = self.chips.lock();
         let Some(irqchip) = &mut chips.irqchip else { return LineStatus::Ignored.kvm() };
-        let work = irqchip.ioapic.set_line(pin, source, level);
-        match work.message {
+        let work = irqchip.ioapic.set_line(pin, source, drive != Drive::Low);
+        let status = match work.message {
             None => work.status.kvm(),
             Some(message) => self.send_pin(&mut irqchip.ioapic, pin, &message),
+        };
+        if drive == Drive::Pulse {
+            let _ = irqchip.ioapic.set_line(pin, source, false);
         }
+        status
     }
 
     /// Delivers what a pin of the I/O APIC sent.
@@ -278,7 +294,7 @@ impl Controllers {
                         Target::Msi(_) => false,
                     };
                     if routing::lookup(&routes.routes, &routes.starts, resampler.gsi).iter().any(here) {
-                        self.set_gsi(resampler.gsi, LineSource::Resampler, false);
+                        self.set_gsi(resampler.gsi, LineSource::Resampler, Drive::Low);
                         resampler.eventfd.signal();
                     }
                 }
@@ -290,8 +306,7 @@ impl Controllers {
     }
 
     fn pulse_pit(&self) {
-        self.set_gsi(PIT_GSI, LineSource::Pit, true);
-        self.set_gsi(PIT_GSI, LineSource::Pit, false);
+        self.set_gsi(PIT_GSI, LineSource::Pit, Drive::Pulse);
     }
 
     /// The 8259A's output, and the vector that a CPU takes from it.
@@ -685,7 +700,7 @@ impl Irq {
     /// KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS: how it was delivered.
     pub(crate) fn irq_line(&self, gsi: u32, level: bool) -> Result<i32> {
         self.need(ENXIO)?;
-        Ok(self.controllers.set_gsi(gsi, LineSource::User, level))
+        Ok(self.controllers.set_gsi(gsi, LineSource::User, if level { Drive::High } else { Drive::Low }))
     }
 
     /// KVM_SIGNAL_MSI: how many vCPUs took it, negative for none.

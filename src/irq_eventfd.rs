@@ -13,7 +13,7 @@ use crate::{
         KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
     },
     glue::eventfd::{EventFd, Irqfd, IrqfdTarget},
-    irq::{Controllers, Irq},
+    irq::{Controllers, Drive, Irq},
     irqchip::{
         routing::{self, Target, MAX_ROUTES},
         LineSource,
@@ -55,10 +55,9 @@ impl IrqfdTarget for IrqfdLine {
     fn signaled(&self) {
         if self.resample {
             // Stays high until it is acknowledged.
-            self.controllers.set_gsi(self.gsi, LineSource::Resampler, true);
+            self.controllers.set_gsi(self.gsi, LineSource::Resampler, Drive::High);
         } else {
-            self.controllers.set_gsi(self.gsi, LineSource::User, true);
-            self.controllers.set_gsi(self.gsi, LineSource::User, false);
+            self.controllers.set_gsi(self.gsi, LineSource::User, Drive::Pulse);
         }
     }
 }

@@ -69,6 +69,14 @@ module! {
             default: 0,
             description: "1: serve /dev/kvm, too, where KVM is not loaded",
         },
+        ept_ad: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not mark pages of guests as accessed and dirty",
+        },
+        pml: u8 {
+            default: 1,
+            description: "0: Intel CPUs do not log the pages that guests write",
+        },
         apicv: u8 {
             default: 1,
             description: "0: deliver guests' interrupts by software on Intel, too",
@@ -109,7 +117,11 @@ impl<V: Vendor> Registered<V> {
 
 /// What the parameters allow on Intel.
 fn vmx_options() -> VmxOptions {
-    VmxOptions { apicv: *module_parameters::apicv.value() != 0 }
+    VmxOptions {
+        apicv: *module_parameters::apicv.value() != 0,
+        pml: *module_parameters::pml.value() != 0,
+        accessed_dirty: *module_parameters::ept_ad.value() != 0,
+    }
 }
 
 struct Krab {

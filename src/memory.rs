@@ -29,7 +29,7 @@ use crate::{
     mmu::{
         dirty,
         guest_mem::{GuestMem, Refused},
-        nested::{MapError, NestedTable, TABLES_PER_MAP},
+        nested::{Catch, MapError, NestedTable, TABLES_PER_MAP},
         slots::{self, flags, Change, SlotError},
         Format, MemoryType, Prot,
     },
@@ -49,11 +49,12 @@ const USER_END: Hva = Hva((1 << 47) - 4096);
 /// Pages or tables removed in one go before others get the lock.
 const BUDGET: usize = 512;
 
+/// Pages whose next write is caught, in one go.
+const CATCH_PAGES: u64 = 1 << 16;
+
 /// The local APICs' window.
 const APIC_FRAME: Gfn = Gfn(BASE_DEFAULT >> 12);
 
-/// Pages write-protected in one go.
-const PROTECT_PAGES: u64 = 1 << 16;
 /// Neighbours looked up with a page that faults: what is present gets mapped at once.
 const AROUND: usize = 15;
 
@@ -83,6 +84,8 @@ pub(crate) struct Mapped<F: Format + 'static> {
     #[pin]
     nested: SpinLock<Nested<F>>,
     peers: Arc<Peers>,
+    /// Hardware marks the pages that it uses. Where it does not, one that is mapped was used, and is unmapped to see whether it is used again.
+    accessed: bool,
 }
 
 /// What hardware's nested tables can be.
@@ -90,7 +93,9 @@ pub(crate) struct Mapped<F: Format + 'static> {
 pub(crate) struct NestedLimits {
     levels: u8,
     largest: Level,
+    accessed: bool,
     no_large_execute: bool,
+    catch: Catch,
     apic_page: bool,
 }
 
@@ -99,7 +104,9 @@ impl NestedLimits {
         Self {
             levels: hardware.nested_levels(),
             largest: hardware.nested_largest(),
+            accessed: hardware.nested_accessed(),
             no_large_execute: hardware.no_large_execute(),
+            catch: if hardware.write_log_entries() > 0 { Catch::Log } else { Catch::Fault },
             apic_page: hardware.has_apic_page(),
         }
     }
@@ -116,6 +123,8 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     root: Hpa,
     /// The largest page that is mapped.
     largest: Level,
+    /// How the dirty log learns of writes.
+    catch: Catch,
     /// What the guest has at [`APIC_FRAME`] where its CPUs know that page.
     apic_page: Option<PhysBox<Bytes<4096>>>,
     /// One of [`apic_page`].
@@ -136,8 +145,9 @@ mod apic_page {
 }
 
 impl<F: Format + 'static> Mapped<F> {
-    /// Unmaps `count` frames from `start` and waits until no CPU uses them.
-    fn unmap(&self, start: Gfn, count: u64) {
+    /// Unmaps `count` frames from `start` and waits until no CPU uses them. Returns whether one was mapped.
+    fn unmap(&self, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
         let mut next = Some(start);
         let end = start.0.saturating_add(count);
         while let Some(from) = next {
@@ -151,8 +161,10 @@ impl<F: Format + 'static> Mapped<F> {
             }
             // Hardware has let go of the tables now.
             drop(retired);
+            mapped |= progress.flush;
             next = progress.next;
         }
+        mapped
     }
 
     /// Calls `f` with the frames of every slot that lie in the range of host addresses.
@@ -167,11 +179,18 @@ impl<F: Format + 'static> Mapped<F> {
 
 impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
     fn invalidate(&self, start: Hva, end: Hva, _may_block: bool) {
-        self.for_each_range(start, end, |first, count| self.unmap(first, count));
+        self.for_each_range(start, end, |first, count| {
+            self.unmap(first, count);
+        });
     }
 
     fn clear_young(&self, start: Hva, end: Hva, flush: bool) -> bool {
         let mut young = false;
+        if !self.accessed {
+            // With a flush also where none is asked for: nothing remembers that one is owed.
+            self.for_each_range(start, end, |first, count| young |= self.unmap(first, count));
+            return young;
+        }
         self.for_each_range(start, end, |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
@@ -188,7 +207,10 @@ impl<F: Format + Send + Sync + 'static> Invalidate for Mapped<F> {
         self.for_each_range(at, at.wrapping_add(1), |first, count| {
             let mut nested = self.nested.lock();
             let Nested { table, pages } = &mut *nested;
-            young |= table.test_accessed(pages, first, count);
+            young |= match self.accessed {
+                true => table.test_accessed(pages, first, count),
+                false => table.maps_any(pages, first, count),
+            };
         });
         young
     }
@@ -215,10 +237,12 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     slots <- SrcuCell::new(Slots::new())?,
                     nested <- new_spinlock!(nested),
                     peers,
+                    accessed: limits.accessed,
                 })),
                 update <- new_mutex!(()),
                 root,
                 largest: limits.largest,
+                catch: limits.catch,
                 apic_page: if limits.apic_page { Some(PhysBox::new()?) } else { None },
                 apic_page_state: apic_page::AWAITED.into(),
                 manual_protect: false.into(),
@@ -335,25 +359,33 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 (None, Some(slot.clone()))
             }
         };
+        let hardware_logs = self.catch == Catch::Log && new.iter().any(Slot::logs_dirty);
+        if hardware_logs {
+            // Before a fault maps a page of a slot with a log for writing.
+            self.space.peers.log_writes(true);
+        }
         // No fault handler knows the old slots after this, so none maps anything of them after the unmapping.
         let hides_apics = slots::find(&new, APIC_FRAME, 0).is_some();
         self.space.slots.replace(new)?;
+        if !hardware_logs {
+            self.space.peers.log_writes(false);
+        }
         if hides_apics {
             self.forbid_apic_page();
         }
         if let Some(slot) = gone {
             self.space.unmap(slot.base, slot.pages);
         }
-        // With all pages dirty from the start it is KVM_CLEAR_DIRTY_LOG that protects them.
+        // With all pages dirty from the start it is KVM_CLEAR_DIRTY_LOG that has their next writes caught.
         if let Some(slot) = changed.filter(|slot| slot.logs_dirty() && !self.initially_dirty.load(Relaxed)) {
             // In parts, so that faults of other slots get in between.
             let mut flush = false;
             let mut done = 0;
             while done < slot.pages {
-                let part = PROTECT_PAGES.min(slot.pages - done);
+                let part = CATCH_PAGES.min(slot.pages - done);
                 let mut nested = self.space.nested.lock();
                 let Nested { table, pages } = &mut *nested;
-                flush |= table.write_protect_range(pages, Gfn(slot.base.0.wrapping_add(done)), part);
+                flush |= table.catch_writes_in_range(pages, Gfn(slot.base.0.wrapping_add(done)), part, self.catch);
                 done = done.wrapping_add(part);
             }
             if flush {
@@ -373,6 +405,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         let (slot, words) = logged(&slots, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
         let manual = self.manual_protect.load(Relaxed);
+        self.collect_written();
         let mut flush = false;
         let mut out = [0u64; 64];
         let mut first = 0;
@@ -386,7 +419,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 log.copy(first as u64, chunk);
             } else {
                 log.take(first as u64, chunk, |page, mask| {
-                    flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
+                    flush |= table.catch_writes(pages, Gfn(slot.base.0.wrapping_add(page)), mask, self.catch);
                 });
             }
             drop(nested);
@@ -409,6 +442,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         let (slot, words) = logged(&slots, request.slot)?;
         let log = dirty::DirtyBitmap::new(words, slot.pages).ok_or(EINVAL)?;
         let count = dirty::check_clear(slot.pages, request.first_page, request.num_pages).map_err(|_| EINVAL)?;
+        self.collect_written();
         let mut flush = false;
         let mut bits = [0u64; 64];
         let mut done = 0;
@@ -420,7 +454,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let mut nested = self.space.nested.lock();
                 let Nested { table, pages } = &mut *nested;
                 log.clear(request.first_page.wrapping_add(done.wrapping_mul(64)), chunk, |page, mask| {
-                    flush |= table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), mask);
+                    flush |= table.catch_writes(pages, Gfn(slot.base.0.wrapping_add(page)), mask, self.catch);
                 });
             }
             done = done.wrapping_add(64);
@@ -429,6 +463,13 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             self.space.peers.flush_tlbs();
         }
         read
+    }
+
+    /// Brings what hardware has noted into the logs.
+    fn collect_written(&self) {
+        if self.catch == Catch::Log {
+            self.space.peers.collect_written();
+        }
     }
 
     /// KVM_RESET_DIRTY_RINGS: frees the entries that userspace is done with, and catches the next write to each of their pages.
@@ -447,7 +488,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 if let Some(slot) = slot.filter(|slot| page < slot.pages) {
                     let mut nested = self.space.nested.lock();
                     let Nested { table, pages } = &mut *nested;
-                    table.write_protect_mask(pages, Gfn(slot.base.0.wrapping_add(page)), 1);
+                    table.catch_writes(pages, Gfn(slot.base.0.wrapping_add(page)), 1, self.catch);
                 }
             };
             count = count.wrapping_add(ring.collect(protect));
@@ -517,7 +558,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                     None => return Ok(Fault::Sleep),
                 }
             };
-            let writable = slot.writable() && page.writable() && (fault.write || !slot.logs_dirty());
+            // Write permission goes unnoticed where writes do not.
+            let unlogged = !slot.logs_dirty() || self.catch == Catch::Log;
+            let writable = slot.writable() && page.writable() && (fault.write || unlogged);
             let memory_type = if page.is_memory() { MemoryType::WriteBack } else { MemoryType::Uncached };
             let prot = Prot { write: writable, execute: true, accessed: true, dirty: fault.write, memory_type };
             let limit =
@@ -551,7 +594,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
                 let addresses = run.addresses();
                 let neighbours = addresses.get(..addresses.len().min(inside)).unwrap_or(&[]);
-                let prot = Prot { accessed: false, dirty: false, write: writable && !slot.logs_dirty(), ..prot };
+                let prot = Prot { accessed: false, dirty: false, write: writable && unlogged, ..prot };
                 // Neighbours are a favour: without tables for them they wait for their own fault.
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);
             }
@@ -637,6 +680,13 @@ impl View<'_> {
         }
         let page = slot.hva_of(gpa.gfn()).ok_or(Refused::NotRam)?;
         Ok((slot, page.wrapping_add(gpa.page_offset())))
+    }
+
+    /// The guest wrote to the page of `gpa`.
+    pub(crate) fn written(&self, gpa: Gpa) {
+        if let Some(slot) = slots::find(&self.slots, gpa.gfn(), 0).and_then(|at| self.slots.get(at)) {
+            mark_dirty(self.peers, slot, gpa.gfn());
+        }
     }
 
     /// What a failed access to the host's memory means.

@@ -194,11 +194,7 @@ impl<V: Vendor> Vcpu<V> {
                 return Ok(None);
             }
             Pending::EmulatedPortIn => core.emulator.complete_port_in(),
-            Pending::MmioRead { len } => {
-                let mut data = [0; 8];
-                self.run.copy_out(run::EXIT_UNION + 8, &mut data);
-                core.emulator.complete_read(data.get(..usize::from(len)).ok_or(EINVAL)?);
-            }
+            Pending::MmioRead => return self.answer_read(core, self.run.load(run::EXIT_UNION + 8)),
             Pending::Emulation => {}
             Pending::Msr { read, rip, next_rip } => {
                 let answer: ExitMsr = self.run.read(run::EXIT_UNION);
@@ -288,6 +284,9 @@ impl<V: Vendor> Vcpu<V> {
             core.state.update_clock(&self.vm);
         }
         core.state.unhalted |= requests & request::UNHALT != 0;
+        if requests & request::LOG_WRITES != 0 {
+            core.state.hw.log_writes(self.vm.peers.logs_writes());
+        }
         if requests & request::MSR_FILTER != 0 {
             core.state.update_msr_filter(&self.vm);
         }
@@ -374,6 +373,7 @@ impl<V: Vendor> Vcpu<V> {
                 let exit = state.hw.run(&mut state.regs, &window, &irqs);
                 state.debug.after_exit(&mut state.regs.rflags);
                 state.look_at_code(&exit, &in_guest);
+                state.take_written(&self.vm, &irqs);
                 drop(in_guest);
                 trace::exit(self.peer.id, state.regs.rip, exit.number());
                 self.peer.stats.exit(&exit);
@@ -420,6 +420,13 @@ impl<V: Vendor> State<V> {
             }
         }
         self.hw.set_pdptes(entries);
+    }
+
+    /// Puts the pages that hardware noted as written into the dirty log.
+    #[inline]
+    fn take_written(&mut self, vm: &crate::vm::Vm<V>, irqs: &IrqsOff) {
+        let mut view = None;
+        self.hw.take_written(irqs, |gpa| view.get_or_insert_with(|| vm.memory.view(false)).written(gpa));
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.
@@ -517,6 +524,11 @@ impl<V: Vendor> State<V> {
         let waits = waits && !self.debug.blocks_interrupts();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
+            return false;
+        }
+        // Interrupts that wait for a guest which has them off, and hardware tells when that is over.
+        let parked = waits && !held_back && self.regs.rflags & rflags::IF == 0 && self.hw.has_interrupt_window();
+        if parked && self.events.is_empty() && !self.shadow_step && !user_window && !self.has_deadline() {
             return false;
         }
         self.prepare_events(vcpu, waits, user_window, irqs)

@@ -2,7 +2,7 @@
 //! Virtual CPUs: what others see of one, what its own thread works on, and its file descriptor.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use kernel::{
     prelude::*,
@@ -68,6 +68,8 @@ pub(crate) mod request {
     pub(crate) const MSR_FILTER: u64 = 1 << 3;
     /// Another CPU of the guest wakes this one, without an interrupt.
     pub(crate) const UNHALT: u64 = 1 << 4;
+    /// Hardware is to note written pages, or not any more: [`Peers::logs_writes`](super::Peers::logs_writes).
+    pub(crate) const LOG_WRITES: u64 = 1 << 6;
     /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
     pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
 }
@@ -93,6 +95,8 @@ pub(crate) struct Peers {
     pub(crate) stats: VmStats,
     /// Entries of each vCPU's dirty ring; 0: dirty bitmaps.
     ring_entries: AtomicU32,
+    /// Some slot has a dirty log that hardware fills.
+    logs_writes: AtomicBool,
 }
 
 impl Peers {
@@ -104,7 +108,14 @@ impl Peers {
             cards.push(CardCell::new(), GFP_KERNEL_ACCOUNT)?;
         }
         Ok(Arc::new(
-            Self { peers, cards, count: AtomicUsize::new(0), stats: VmStats::new(), ring_entries: AtomicU32::new(0) },
+            Self {
+                peers,
+                cards,
+                count: AtomicUsize::new(0),
+                stats: VmStats::new(),
+                ring_entries: AtomicU32::new(0),
+                logs_writes: AtomicBool::new(false),
+            },
             GFP_KERNEL_ACCOUNT,
         )?)
     }
@@ -155,6 +166,23 @@ impl Peers {
     /// Wants dirty rings. The caller keeps others from adding vCPUs at the same time.
     pub(crate) fn set_ring_entries(&self, entries: u32) {
         self.ring_entries.store(entries, Ordering::Relaxed);
+    }
+
+    pub(crate) fn logs_writes(&self) -> bool {
+        self.logs_writes.load(Ordering::Relaxed)
+    }
+
+    /// Hardware is to note the pages that guests write, or not any more. On return none writes that does not know.
+    pub(crate) fn log_writes(&self, on: bool) {
+        // A full barrier: a vCPU that is missing among the peers looks at this before it runs.
+        if self.logs_writes.swap(on, Ordering::SeqCst) != on {
+            KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), request::LOG_WRITES);
+        }
+    }
+
+    /// Waits until every page that a guest has written so far, and hardware has noted, is in its log.
+    pub(crate) fn collect_written(&self) {
+        KickPoint::post_and_wait(self.iter().map(|peer| &peer.kick), 0);
     }
 
     /// A page was written: into the ring of the vCPU that this thread runs. What others write goes where there is most room.
@@ -270,9 +298,7 @@ pub(crate) enum Pending {
     /// INS: the data page goes to the emulator.
     EmulatedPortIn,
     /// The emulator waits for a device's answer.
-    MmioRead {
-        len: u8,
-    },
+    MmioRead,
     /// The emulator has more to do.
     Emulation,
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
@@ -345,6 +371,8 @@ pub(crate) struct Core<V: Vendor> {
     /// KVM_RUN happened: CPUID cannot change any more.
     pub(crate) ran: bool,
     pub(crate) signal_mask: Option<u64>,
+    /// Frequency of the guest's TSC as userspace has it: the host's, or very near it.
+    pub(crate) tsc_khz: u32,
     /// From KVM_SET_VCPU_EVENTS, for a start-up IPI that KVM_SET_MP_STATE brings.
     pub(crate) sipi_vector: u8,
 }
@@ -377,12 +405,13 @@ impl<V: Vendor> Vcpu<V> {
                 stats: VcpuStats::new(),
                 ring: match vm.peers.ring_entries() {
                     0 => None,
-                    entries => Some(DirtyRing::new(entries)?),
+                    entries => Some(DirtyRing::new(entries, vm.host.owner.hardware().write_log_entries())?),
                 },
                 runner: AtomicUsize::new(0),
             },
             GFP_KERNEL_ACCOUNT,
         )?;
+        peer.kick.post_quietly(request::LOG_WRITES);
         let mut hw = vm.host.owner.hardware().new_vcpu()?;
         hw.set_nested_root(vm.memory.root());
         hw.set_tsc_offset(vm.clock.tsc_offset());
@@ -454,6 +483,7 @@ impl<V: Vendor> Vcpu<V> {
             found: None,
             ran: false,
             signal_mask: None,
+            tsc_khz: timer::tsc_khz(),
             sipi_vector: 0,
         };
         Ok(Arc::pin_init(
@@ -561,6 +591,12 @@ impl<V: Vendor> State<V> {
             Some(LocalSignal::ExtInt) => self.pic_signal = vm.irq.pic_output(),
             _ => {}
         }
+    }
+
+    /// Whether [`await_deadline`](Self::await_deadline) has something to do.
+    #[inline]
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadline_tsc.is_some()
     }
 
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.

@@ -22,9 +22,9 @@ use crate::{
     },
     irqchip::lapic::STATE_BYTES,
     mmu::{guest_mem::GuestMem, walk},
-    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By},
+    policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::By, tsc::same_frequency},
     stats::StatsFile,
-    vcpu::{request, Core, MpState, State, Vcpu},
+    vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
 };
 
@@ -241,12 +241,18 @@ impl<V: Vendor> Vcpu<V> {
                 };
                 Ok(0)
             }
-            KVM_GET_TSC_KHZ => Ok(timer::tsc_khz() as isize),
-            KVM_KVMCLOCK_CTRL => {
-                if core.state.msrs.system_time().is_none() {
+            KVM_SET_TSC_KHZ => {
+                let host = timer::tsc_khz();
+                let khz = if arg as u32 == 0 { host } else { arg as u32 };
+                if !same_frequency(khz, host) {
                     return Err(EINVAL);
                 }
-                self.peer.kick.post_quietly(request::CLOCK);
+                core.tsc_khz = khz;
+                Ok(0)
+            }
+            KVM_GET_TSC_KHZ => Ok(core.tsc_khz as isize),
+            KVM_KVMCLOCK_CTRL => {
+                core.state.clock.guest_stopped()?;
                 Ok(0)
             }
             _ => Err(ENOTTY),

@@ -7,7 +7,7 @@ use kernel::{prelude::*, sync::Arc};
 use crate::{
     arch::{
         segment::{DescriptorTable, Segment},
-        Hpa, Level,
+        Gpa, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs},
@@ -35,8 +35,16 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// The largest page that a nested table maps.
     fn nested_largest(&self) -> Level;
 
+    /// Whether the CPU marks the entries of nested tables that it uses as accessed.
+    fn nested_accessed(&self) -> bool;
+
     /// Whether large pages must not be executable: machine checks threaten where a guest executes from a page while its size changes.
     fn no_large_execute(&self) -> bool;
+
+    /// Pages that hardware can note for a vCPU before an exit, when the guest sets the dirty bits that map them; 0 if it notes none.
+    fn write_log_entries(&self) -> u32 {
+        0
+    }
 
     /// Whether its CPUs know a page of host memory as the local APIC's window.
     fn has_apic_page(&self) -> bool {
@@ -99,6 +107,9 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_interrupt_shadow(&mut self, shadow: bool);
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt.
     fn want_interrupt_window(&mut self, wanted: bool);
+
+    /// Whether that is asked for.
+    fn has_interrupt_window(&self) -> bool;
     /// Asks for [`Exit::NmiWindow`] or [`Exit::NmiReturn`] when the guest leaves its NMI handler.
     fn want_nmi_window(&mut self, wanted: bool);
     /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.
@@ -107,8 +118,15 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_cr8_writes(&mut self, below: Option<u8>);
     /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
     fn want_breakpoints(&mut self, wanted: bool);
+    /// Whether RFLAGS.TF is set by userspace, which wants each instruction's trap even after STI.
+    fn set_user_steps(&mut self, steps: bool);
     /// Asks for an exit at every RDMSR and WRMSR, also where the guest may use the register freely.
     fn want_all_msrs(&mut self, wanted: bool);
+    /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].
+    fn log_writes(&mut self, _on: bool) {}
+    /// Calls `written` with what was noted since the last call. After every `run`, before anybody sees the vCPU outside of guest mode.
+    #[inline]
+    fn take_written(&mut self, _irqs: &IrqsOff, _written: impl FnMut(Gpa)) {}
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

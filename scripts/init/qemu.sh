@@ -65,3 +65,18 @@ guest() {
 	[ "$status" = 0 ] || show "$name"
 	echo "# $name: $(($(seconds) - began)) s"
 }
+# Stops of a guest in QEMU's gdbstub: `debugger [--no-int3]`.
+debugger() {
+	/selftests/gdb_client --image /tmp/boot
+	rm -f /tmp/gdb
+	start debugged -machine q35,graphics=off -cpu host -m 64 -drive format=raw,file=/tmp/boot \
+		-gdb unix:/tmp/gdb,server=on,wait=off -S
+	/selftests/gdb_client /tmp/gdb "$@" >/tmp/stops
+	failed=$?
+	while read -r name status text; do result "gdb_$name" "$status" "$text"; done </tmp/stops
+	wait_for 30 /tmp/debugged DEBUGGED debugged
+	status=$?
+	stop debugged >/dev/null 2>&1
+	result gdb_let_go $status "the guest did not go on"
+	[ $failed = 0 ] && [ $status = 0 ] || show debugged
+}

@@ -144,7 +144,7 @@ ioctls! {
     KVM_GET_CLOCK = ior::<KvmClockData>(0x7C), 0x8030_AE7C, V, Supported;
     KVM_GET_PIT2 = ior::<KvmPitState2>(0x9F), 0x8070_AE9F, V, Supported;
     KVM_SET_PIT2 = iow::<KvmPitState2>(0xA0), 0x4070_AEA0, V, Supported;
-    KVM_SET_TSC_KHZ = io(0xA2), 0xAEA2, V.or(C), Refused, "no TSC scaling";
+    KVM_SET_TSC_KHZ = io(0xA2), 0xAEA2, C, Supported, "the host's frequency: no TSC scaling";
     KVM_GET_TSC_KHZ = io(0xA3), 0xAEA3, V.or(C), Supported;
     KVM_SIGNAL_MSI = iow::<KvmMsi>(0xA5), 0x4020_AEA5, V, Supported;
     KVM_SET_PMU_EVENT_FILTER = number(WRITE, 0xB2, 32), 0x4020_AEB2, V, Refused, "no virtual PMU";

@@ -67,6 +67,12 @@ pub const REP_BUDGET: u32 = 128;
 /// Instructions that an [`Emulator`] keeps decoded. A power of two.
 const SLOTS: usize = 4;
 
+/// The slot for the instruction at `rip`.
+#[inline]
+const fn slot_of(rip: u64) -> usize {
+    (rip >> 2 ^ rip) as usize % SLOTS
+}
+
 /// Most device accesses that one instruction (or one iteration) makes in one direction.
 const FRAGMENTS: usize = 8;
 
@@ -370,16 +376,17 @@ impl Emulator {
         self.repeating
     }
 
-    /// Answers the last [`Step::MmioRead`], with as many bytes as it asked for (missing ones are 0).
-    pub fn complete_read(&mut self, data: &[u8]) {
+    /// Answers the last [`Step::MmioRead`], with the first as many bytes of `data` (little-endian) as it asked for.
+    #[inline]
+    pub fn complete_read(&mut self, data: u64) {
         if self.io.waiting != Waiting::Read {
             return;
         }
         self.io.waiting = Waiting::Nothing;
         if let Some(fragment) = self.io.reads.get_mut(self.io.answered as usize) {
-            for (to, from) in fragment.data.iter_mut().zip(data) {
-                *to = *from;
-            }
+            // One to eight bytes.
+            let unused_bits = 64u32.wrapping_sub(u32::from(fragment.len) * 8) & 63;
+            fragment.data = (data & u64::MAX >> unused_bits).to_le_bytes();
             self.io.answered = self.io.answered.wrapping_add(1);
             self.resume = true;
         }
@@ -394,26 +401,39 @@ impl Emulator {
         }
     }
 
+    /// Ends the instruction at RIP if it is a load that has nothing left to do but to take its answer, as most reads of devices have.
+    /// Whether it was; [`step`](Self::step) does the same.
+    #[inline]
+    pub fn finish_load<C: Cpu>(&mut self, cpu: &mut C) -> bool {
+        let rip = cpu.rip();
+        if !self.resume || self.rip != rip || self.io.queued != 0 {
+            return false;
+        }
+        let Decoded { instruction, mode, .. } = &self.decoded[slot_of(rip)];
+        let Some(value) = self.io.only_answer(instruction.operand_size).filter(|_| instruction.is_load()) else {
+            return false;
+        };
+        self.resume = false;
+        self.repeating = false;
+        self.io.forget();
+        let mut exec = Exec::new(cpu, &mut self.io, instruction, *mode, rip);
+        exec.set_reg(instruction.reg(), instruction.operand_size, value);
+        exec.retire();
+        true
+    }
+
     /// Executes the instruction at RIP, or goes on with it. `bytes` are its first bytes where the CPU delivers them with the exit;
     /// if they are too few, or without them, the instruction is fetched.
     pub fn step<C: Cpu>(&mut self, cpu: &mut C, bytes: Option<&[u8]>) -> Step {
         if let Some(write) = self.io.next_write() {
             return write;
         }
+        if self.finish_load(cpu) {
+            return Step::Done;
+        }
         let rip = cpu.rip();
-        let decoded = &mut self.decoded[((rip >> 2 ^ rip) as usize) % SLOTS];
+        let decoded = &mut self.decoded[slot_of(rip)];
         if self.resume && self.rip == rip {
-            let Decoded { instruction, mode, .. } = decoded;
-            if let (true, Some(value)) = (instruction.is_load(), self.io.only_answer(instruction.operand_size)) {
-                // Most reads of devices: all that is left is to take the answer.
-                self.resume = false;
-                self.repeating = false;
-                self.io.forget();
-                let mut exec = Exec::new(cpu, &mut self.io, instruction, *mode, rip);
-                exec.set_reg(instruction.reg(), instruction.operand_size, value);
-                exec.retire();
-                return Step::Done;
-            }
             self.io.used = 0;
         } else {
             self.io.forget();

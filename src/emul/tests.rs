@@ -42,7 +42,7 @@ fn mov_from_device_resumes() {
     assert!(emulator.is_busy());
     // Without an answer the same question comes again.
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + 4, 4));
-    emulator.complete_read(&[1, 2, 3, 4]);
+    emulator.complete_read(0x0403_0201);
     assert_eq!(emulator.step(&mut cpu, None), Step::Done);
     assert_eq!((cpu.rip, cpu.gpr[3]), (CODE + 3, 0x0403_0201));
     assert!(!emulator.is_busy());
@@ -55,13 +55,13 @@ fn answers_do_not_outlive_the_instruction() {
     cpu.gpr[0] = DEVICE;
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE, 4));
-    emulator.complete_read(&[7; 4]);
+    emulator.complete_read(0x0707_0707);
     // Somebody moved RIP meanwhile: the answer is not for the other instruction.
     cpu.rip += 2;
     cpu.gpr[0] = DEVICE + 8;
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + 8, 4));
     // An answer for another address does not count either.
-    emulator.complete_read(&[7; 4]);
+    emulator.complete_read(0x0707_0707);
     cpu.gpr[0] = DEVICE + 16;
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + 16, 4));
 }
@@ -73,9 +73,9 @@ fn device_access_across_a_page() {
     cpu.gpr[0] = DEVICE + 0xFFD;
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + 0xFFD, 3));
-    emulator.complete_read(&[1, 2, 3]);
+    emulator.complete_read(0x55_0003_0201);
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + 0x1000, 5));
-    emulator.complete_read(&[4, 5, 6, 7, 8]);
+    emulator.complete_read(0x08_0706_0504);
     assert_eq!(emulator.step(&mut cpu, None), Step::Done);
     assert_eq!(cpu.gpr[3], 0x0807_0605_0403_0201);
     assert_eq!(emulator.step(&mut cpu, None), write(DEVICE + 0xFFD, 0x03_0201, 3));
@@ -92,7 +92,7 @@ fn read_modify_write_of_a_device() {
     cpu.gpr[0] = DEVICE;
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE, 4));
-    emulator.complete_read(&[1, 0, 0, 0]);
+    emulator.complete_read(1);
     assert_eq!(emulator.step(&mut cpu, None), write(DEVICE, 3, 4));
     assert_eq!(cpu.rip, CODE + 4);
 }
@@ -106,16 +106,16 @@ fn sixteen_bytes_to_and_from_a_device() {
     cpu.vectors[1] = [0xAA; 32];
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE, 8));
-    emulator.complete_read(&[1; 8]);
+    emulator.complete_read(0x0101_0101_0101_0101);
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + 8, 8));
-    emulator.complete_read(&[2; 8]);
+    emulator.complete_read(0x0202_0202_0202_0202);
     assert_eq!(emulator.step(&mut cpu, None), Step::Done);
     assert_eq!((cpu.vectors[1][0], cpu.vectors[1][15], cpu.vectors[1][16]), (1, 2, 0xAA));
     assert_eq!(emulator.step(&mut cpu, None), write(DEVICE, 0x0101_0101_0101_0101, 8));
     assert_eq!(emulator.step(&mut cpu, None), write(DEVICE + 8, 0x0202_0202_0202_0202, 8));
     for part in 0..4u8 {
         assert_eq!(emulator.step(&mut cpu, None), read(DEVICE + part as u64 * 8, 8));
-        emulator.complete_read(&[part; 8]);
+        emulator.complete_read(u64::from_le_bytes([part; 8]));
     }
     assert_eq!(emulator.step(&mut cpu, None), Step::Done);
     assert_eq!((cpu.vectors[2][0], cpu.vectors[2][31]), (0, 3));
@@ -273,7 +273,7 @@ fn rep_movs_from_a_device_into_the_hole() {
     (cpu.gpr[1], cpu.gpr[6], cpu.gpr[7]) = (4, DEVICE, HOLE - 1);
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, None), read(DEVICE, 1));
-    emulator.complete_read(&[0x77]);
+    emulator.complete_read(0x77);
     assert_eq!(emulator.step(&mut cpu, None), Step::Done);
     assert_eq!((cpu.gpr[1], cpu.ram[HOLE as usize - 1]), (3, 0x77));
     assert_eq!(emulator.step(&mut cpu, None), Step::Fault(Exception::page_fault(2, HOLE)));
@@ -613,7 +613,7 @@ fn random_bytes_never_panic() {
         let mut turns = 0;
         loop {
             match emulator.step(cpu, Some(&code)) {
-                Step::MmioRead { len, .. } => emulator.complete_read(&random.next().to_le_bytes()[..len as usize]),
+                Step::MmioRead { .. } => emulator.complete_read(random.next()),
                 Step::PortIn { .. } => emulator.complete_port_in(),
                 Step::MmioWrite { .. } | Step::PortOut { .. } => exits += 1,
                 Step::Done => done += 1,

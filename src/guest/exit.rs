@@ -73,6 +73,8 @@ pub enum Exit {
     NestedFault(NestedFault),
     /// The guest lowered CR8, and somebody waits for that; the instruction is over.
     PriorityLowered,
+    /// Hardware's log of written pages was full; it has been emptied.
+    WriteLogFull,
     /// The guest wrote `value` to the local APIC's register at `offset`; the instruction is over. The ICR comes with its upper half.
     ApicWrite {
         offset: u32,

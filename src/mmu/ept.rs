@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Extended page tables of Intel VMX. SDM "The Extended Page Table Mechanism (EPT)".
 //!
-//! Four levels, accessed and dirty bits on (bit 6 of the EPT pointer; CPUs without them are not supported).
+//! Four levels. Where the CPU has no accessed and dirty bits (bit 6 of the EPT pointer is 0 then) it ignores those of the entries.
 //! Execute-only pages, mode-based execute control and suppression of #VE are not used.
 #![forbid(unsafe_code)]
 

@@ -7,8 +7,9 @@
 //! been flushed. Hardware sets accessed and dirty bits behind the writer's back; where that can happen, entries
 //! change by compare-and-exchange.
 //!
-//! Dirty logging works by write protection: [`NestedTable::write_protect_range`] also takes a large page's write
-//! permission, and the fault on it maps 4 KiB, which splits the page. Nothing is allocated to protect.
+//! Dirty logging catches the next write to a page: without write permission it faults, without a dirty bit hardware logs
+//! it, where it can. Large pages lose their write permission in both cases, and the fault maps 4 KiB, which splits the
+//! page. Nothing is allocated to catch.
 #![forbid(unsafe_code)]
 
 use super::format::{Format, Prot};
@@ -61,6 +62,15 @@ pub struct Progress {
     pub flush: bool,
     /// Where to go on; `None` when all is done.
     pub next: Option<Gfn>,
+}
+
+/// How the next write to a page gets noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Catch {
+    /// The page loses its write permission.
+    Fault,
+    /// A page of 4 KiB loses its dirty bit, and hardware logs that it sets it. A larger one loses its write permission.
+    Log,
 }
 
 /// What a frame translates to.
@@ -185,7 +195,7 @@ impl<F: Format> NestedTable<F> {
 
     /// Maps the page of size `level` around `gfn`, given the host page `hpa` of `gfn` itself: both are rounded down.
     ///
-    /// On the same host page permissions are only ever added: use [`Self::write_protect_range`] or
+    /// On the same host page permissions are only ever added: use [`Self::catch_writes_in_range`] or
     /// [`Self::unmap_range`] to take some away. A larger page in the way is split, smaller ones are replaced.
     pub fn map<T: Tables>(
         &mut self,
@@ -282,18 +292,18 @@ impl<F: Format> NestedTable<F> {
         done
     }
 
-    /// Makes every page that has a frame among `count` from `start` read-only. Returns whether a flush is owed.
-    pub fn write_protect_range<T: Tables>(&mut self, tables: &mut T, start: Gfn, count: u64) -> bool {
+    /// Sees to it that the next write to every page that has a frame among `count` from `start` is noticed. Returns whether a
+    /// flush is owed, before which writes may still go unnoticed.
+    pub fn catch_writes_in_range<T: Tables>(&mut self, tables: &mut T, start: Gfn, count: u64, by: Catch) -> bool {
         let mut flush = false;
-        self.for_each_leaf(tables, start, count, &mut |tables: &mut T, at, entry, _| {
-            flush |= protect::<F, T>(tables, at, entry);
+        self.for_each_leaf(tables, start, count, &mut |tables: &mut T, at, entry, (_, pages)| {
+            flush |= catch_writes::<F, T>(tables, at, entry, if pages > 1 { Catch::Fault } else { by });
         });
         flush
     }
 
-    /// Makes the pages of the frames `base + n` read-only, for every bit `n` set in `mask`. Returns whether a flush is
-    /// owed.
-    pub fn write_protect_mask<T: Tables>(&mut self, tables: &mut T, base: Gfn, mask: u64) -> bool {
+    /// The same for the pages of the frames `base + n`, for every bit `n` set in `mask`.
+    pub fn catch_writes<T: Tables>(&mut self, tables: &mut T, base: Gfn, mask: u64, by: Catch) -> bool {
         let mut flush = false;
         let mut left = mask;
         while left != 0 {
@@ -311,7 +321,7 @@ impl<F: Format> NestedTable<F> {
             left &= !here;
             let Some((at, entry, depth)) = self.find_lowest(tables, Gfn(gfn)) else { continue };
             if depth > 1 {
-                flush |= protect::<F, T>(tables, at, entry);
+                flush |= catch_writes::<F, T>(tables, at, entry, Catch::Fault);
                 continue;
             }
             let mut bits = here >> first;
@@ -319,7 +329,7 @@ impl<F: Format> NestedTable<F> {
                 let at = Place { table: at.table, index: (at.index + bits.trailing_zeros() as usize) & (ENTRIES - 1) };
                 let entry = tables.read(at.table, at.index);
                 if F::present(entry) {
-                    flush |= protect::<F, T>(tables, at, entry);
+                    flush |= catch_writes::<F, T>(tables, at, entry, by);
                 }
                 bits &= bits - 1;
             }
@@ -347,25 +357,11 @@ impl<F: Format> NestedTable<F> {
         young
     }
 
-    /// Clears the dirty bits of the pages that have a frame among `count` from `start`, and reports each that was set
-    /// as (first frame, number of frames). Split large pages first if that is too coarse. A flush is owed before the
-    /// report may be relied on, if anything was reported.
-    pub fn take_dirty<T: Tables>(
-        &mut self,
-        tables: &mut T,
-        start: Gfn,
-        count: u64,
-        report: &mut impl FnMut(Gfn, u64),
-    ) -> bool {
-        let mut flush = false;
-        self.for_each_leaf(tables, start, count, &mut |tables: &mut T, at, entry, page: (u64, u64)| {
-            if entry & F::DIRTY != 0 {
-                flush = true;
-                update::<F, T>(tables, at, entry, |entry| entry & !F::DIRTY);
-                report(Gfn(page.0), page.1);
-            }
-        });
-        flush
+    /// Whether a page that has a frame among `count` from `start` is mapped: it was used, where hardware does not say so itself.
+    pub fn maps_any<T: Tables>(&self, tables: &mut T, start: Gfn, count: u64) -> bool {
+        let mut mapped = false;
+        self.for_each_leaf(tables, start, count, &mut |_: &mut T, _, _, _| mapped = true);
+        mapped
     }
 
     /// The table at `target` on the way to `gfn`, with tables made and large pages split on the way. `None`: a larger
@@ -499,14 +495,19 @@ impl<F: Format> NestedTable<F> {
     }
 }
 
-/// Takes write permission away. Returns whether there was any.
+/// Takes away what lets a write to the page of `entry` go unnoticed. Returns whether there was anything.
 #[inline]
-fn protect<F: Format, T: Tables>(tables: &mut T, at: Place, entry: u64) -> bool {
-    let writable = entry & F::WRITABLE != 0;
-    if writable {
-        update::<F, T>(tables, at, entry, |entry| entry & !F::WRITABLE);
+fn catch_writes<F: Format, T: Tables>(tables: &mut T, at: Place, entry: u64, by: Catch) -> bool {
+    // Without write permission the dirty bit goes as well: who gives the permission back need not know that the page was dirty.
+    let (tells, gone) = match by {
+        Catch::Fault => (F::WRITABLE, F::WRITABLE | F::DIRTY),
+        Catch::Log => (F::DIRTY, F::DIRTY),
+    };
+    let unnoticed = entry & tells != 0;
+    if unnoticed {
+        update::<F, T>(tables, at, entry, |entry| entry & !gone);
     }
-    writable
+    unnoticed
 }
 
 /// The indices of the table at `base` that have frames in `range`, which overlaps the table.

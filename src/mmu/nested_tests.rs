@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::format::{Format, MemoryType, Prot};
-use super::nested::{MapError, Mapped, NestedTable, Tables, TABLES_PER_MAP};
+use super::nested::{Catch, MapError, Mapped, NestedTable, Tables, TABLES_PER_MAP};
 use super::{Ept, Npt};
 use crate::arch::paging::{entry, ept, Level, ADDRESS};
 use crate::arch::{Gfn, Hpa};
@@ -202,6 +202,13 @@ struct Page {
     execute: bool,
 }
 
+impl Page {
+    /// Where hardware logs, only large pages lose their permission.
+    fn catch_writes(&mut self, by: Catch) {
+        self.write &= by == Catch::Log && self.level == Level::Page4K;
+    }
+}
+
 /// The model: pages by first frame.
 #[derive(Clone, Default)]
 struct Model(BTreeMap<u64, Page>);
@@ -280,6 +287,7 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
         let choice = random.below(10);
         let count = [1, 2, 64, 512, 1024, 0x40000, 0x100000, u64::MAX][random.below(8) as usize];
         let mask = random.next() & random.next();
+        let by = if random.below(2) == 0 { Catch::Fault } else { Catch::Log };
         let level = [Level::Page4K, Level::Page4K, Level::Page2M, Level::Page1G][random.below(4) as usize];
         let hpa = ((gfn & 0xFFFF_FFFF) << 12) + ((1 + random.below(2)) << 46);
         let prot = Prot {
@@ -307,13 +315,13 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
             }
             8 => {
                 for at in model.overlapping(gfn, end) {
-                    model.0.get_mut(&at).unwrap().write = false;
+                    model.0.get_mut(&at).unwrap().catch_writes(by);
                 }
             }
             _ => {
                 for n in (0..64).filter(|n| (mask >> n) & 1 != 0) {
                     if let Some((at, _)) = model.holder(gfn + n) {
-                        model.0.get_mut(&at).unwrap().write = false;
+                        model.0.get_mut(&at).unwrap().catch_writes(by);
                     }
                 }
             }
@@ -339,8 +347,8 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
                 }
                 flush
             }
-            8 => tree.write_protect_range(&mut fake, Gfn(gfn), count),
-            _ => tree.write_protect_mask(&mut fake, Gfn(gfn), mask),
+            8 => tree.catch_writes_in_range(&mut fake, Gfn(gfn), count, by),
+            _ => tree.catch_writes(&mut fake, Gfn(gfn), mask, by),
         };
         assert!(fake.pages.len() - tables <= TABLES_PER_MAP);
         let lost = frames.iter().any(|g| match (before[g], model.seen(*g)) {
@@ -355,6 +363,10 @@ fn random_operations<F: Format>(depth: u32, seed: u64, steps: u32) {
             let leaf = tree.lookup(&fake, Gfn(g));
             assert_eq!(leaf.map(|leaf| (leaf.hpa.0, leaf.write, leaf.execute)), model.seen(g));
             assert_eq!(leaf.map(|leaf| leaf.level), model.holder(g).map(|(_, page)| page.level));
+            assert!(
+                leaf.is_none_or(|leaf| leaf.write || !leaf.dirty),
+                "who gives write permission back would miss a write"
+            );
         }
     }
     assert_eq!(count_pages::<F>(&fake, tree.root().0, depth), model.0.len());
@@ -427,8 +439,10 @@ fn mapping_refuses_what_it_cannot_do() {
     assert_eq!(tree.lookup(&fake, beyond), None);
     assert!(!tree.unmap_range(&mut fake, beyond, 1));
     assert!(!tree.unmap_range(&mut fake, Gfn(u64::MAX), u64::MAX));
-    assert!(!tree.write_protect_mask(&mut fake, Gfn(u64::MAX), !0));
-    assert!(!tree.write_protect_range(&mut fake, Gfn(0), u64::MAX));
+    for by in [Catch::Fault, Catch::Log] {
+        assert!(!tree.catch_writes(&mut fake, Gfn(u64::MAX), !0, by));
+        assert!(!tree.catch_writes_in_range(&mut fake, Gfn(0), u64::MAX, by));
+    }
     assert_eq!(fake.stores, 0);
     // Every failure for want of tables leaves the tree as good as before, and a retry goes on from there.
     for stock in 0..3 {
@@ -499,15 +513,75 @@ fn aging_and_dirty_bits() {
     }
     tree.map(&mut fake, Gfn(0x400), Hpa(0x400000), Level::Page2M, Prot::touched(true, true)).unwrap();
     assert!(!tree.test_accessed(&mut fake, Gfn(0), 0x400));
+    assert!(tree.maps_any(&mut fake, Gfn(0), 0x401) && !tree.maps_any(&mut fake, Gfn(0), 0));
     assert!(tree.test_accessed(&mut fake, Gfn(0), 0x401));
     assert!(tree.clear_accessed(&mut fake, Gfn(0), 0x500));
     assert!(!tree.clear_accessed(&mut fake, Gfn(0), 0x500));
-    let mut report = Vec::new();
-    assert!(tree.take_dirty(&mut fake, Gfn(0), 0x401, &mut |gfn, pages| report.push((gfn.0, pages))));
-    assert_eq!(report, [(0x400, 512)]);
-    report.clear();
-    assert!(!tree.take_dirty(&mut fake, Gfn(0), 0x800, &mut |gfn, pages| report.push((gfn.0, pages))));
-    assert!(report.is_empty());
+    // Pages of 4 KiB without a dirty bit are caught already; the large one loses both.
+    assert!(!tree.catch_writes_in_range(&mut fake, Gfn(0), 0x400, Catch::Log));
+    assert!(tree.catch_writes_in_range(&mut fake, Gfn(0), 0x401, Catch::Log));
+    let large = tree.lookup(&fake, Gfn(0x400)).unwrap();
+    assert!(!large.write && !large.dirty && tree.lookup(&fake, Gfn(10)).unwrap().write);
+    tree.map(&mut fake, Gfn(10), Hpa(10 << 12), Level::Page4K, Prot::touched(true, true)).unwrap();
+    assert!(tree.lookup(&fake, Gfn(10)).unwrap().dirty);
+    assert!(tree.catch_writes(&mut fake, Gfn(10), 0x401, Catch::Log));
+    assert!(!tree.catch_writes(&mut fake, Gfn(10), 0x401, Catch::Log));
+    let small = tree.lookup(&fake, Gfn(10)).unwrap();
+    assert!(small.write && !small.dirty);
+}
+
+/// A guest that writes, and a log that is harvested: what was written since the last harvest is in the next one.
+fn every_write_is_logged<F: Format>(by: Catch, seed: u64) {
+    let (mut fake, mut tree) = fresh::<F>(4, seed);
+    let mut random = Random(seed);
+    let (mut log, mut written) = (BTreeSet::new(), BTreeSet::new());
+    tree.map(&mut fake, Gfn(0x200), Hpa(0x200000), Level::Page2M, Prot::touched(true, true)).unwrap();
+    tree.catch_writes_in_range(&mut fake, Gfn(0), 0x1000, by);
+    for step in 0..20_000 {
+        let gfn = 0x1C0 + random.below(128);
+        let hpa = Hpa(gfn << 12);
+        match random.below(16) {
+            0 => {
+                assert!(written.is_subset(&log), "step {step}: {written:x?}, but {log:x?} was logged");
+                for base in [0x1C0, 0x200] {
+                    let bits =
+                        log.iter().filter(|page| (base..base + 64).contains(*page)).map(|page| 1u64 << (page - base));
+                    tree.catch_writes(&mut fake, Gfn(base), bits.sum(), by);
+                }
+                (log, written) = Default::default();
+            }
+            1 => {
+                tree.unmap_range(&mut fake, Gfn(gfn), 1);
+            }
+            // A read, or a fetch, may give write permission where hardware logs.
+            2..=4 => {
+                let prot = Prot { write: by == Catch::Log, dirty: false, ..Prot::touched(true, random.below(2) == 0) };
+                tree.map(&mut fake, Gfn(gfn), hpa, Level::Page4K, prot).unwrap();
+            }
+            _ => {
+                written.insert(gfn);
+                match tree.lookup(&fake, Gfn(gfn)) {
+                    Some(leaf) if leaf.write && leaf.dirty => {}
+                    Some(leaf) if leaf.write => {
+                        assert_eq!((leaf.level, by), (Level::Page4K, Catch::Log));
+                        log.insert(gfn);
+                        tree.map(&mut fake, Gfn(gfn), hpa, Level::Page4K, Prot::touched(true, false)).unwrap();
+                    }
+                    _ => {
+                        tree.map(&mut fake, Gfn(gfn), hpa, Level::Page4K, Prot::touched(true, false)).unwrap();
+                        log.insert(gfn);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn writes_are_logged_by_faults_and_by_hardware() {
+    every_write_is_logged::<Npt>(Catch::Fault, 21);
+    every_write_is_logged::<Ept>(Catch::Fault, 22);
+    every_write_is_logged::<Ept>(Catch::Log, 23);
 }
 
 /// Hardware that writes at the worst moments: no dirty bit may be lost by changing permissions or splitting.
@@ -525,7 +599,7 @@ fn hardware_dirty_bits_survive_changes() {
             let other = Prot { execute: true, ..clean };
             tree.map(&mut fake, Gfn(0x234), Hpa(0x234000), Level::Page4K, other).unwrap();
         } else {
-            tree.write_protect_range(&mut fake, Gfn(0x200), 1);
+            tree.clear_accessed(&mut fake, Gfn(0x200), 1);
         }
         // Whatever hardware set in the entry that was replaced is in every entry that replaces it.
         let dirty: Vec<bool> =

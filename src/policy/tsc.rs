@@ -120,6 +120,11 @@ impl<const FRACTION: u32, const WIDTH: u32> GuestTsc<FRACTION, WIDTH> {
     }
 }
 
+/// Whether a TSC of `guest_khz` can be the host's as it is: two measurements of one clock differ by no more than 250 parts per million.
+pub const fn same_frequency(guest_khz: u32, host_khz: u32) -> bool {
+    guest_khz.abs_diff(host_khz) as u64 * 1_000_000 <= host_khz as u64 * 250
+}
+
 /// TSC ticks in `ns` nanoseconds, rounded up; saturates.
 pub const fn ticks_in(ns: u64, tsc_khz: u32) -> u64 {
     const NS_PER_MS: u64 = 1_000_000;
@@ -134,6 +139,20 @@ mod tests {
 
     fn ratio(guest: u32, host: u32) -> VmxRatio {
         VmxRatio::from_khz(guest, host).unwrap()
+    }
+
+    #[test]
+    fn frequencies_that_are_one() {
+        for (guest, host) in
+            [(2_500_000, 2_500_000), (2_500_625, 2_500_000), (2_499_375, 2_500_000), (u32::MAX, u32::MAX)]
+        {
+            assert!(same_frequency(guest, host), "{guest} {host}");
+        }
+        for (guest, host) in
+            [(2_500_626, 2_500_000), (2_499_374, 2_500_000), (0, 2_500_000), (1, 0), (u32::MAX, 1), (0, u32::MAX)]
+        {
+            assert!(!same_frequency(guest, host), "{guest} {host}");
+        }
     }
 
     #[test]

@@ -129,6 +129,10 @@ impl Vendor for Svm {
         Level::Page1G
     }
 
+    fn nested_accessed(&self) -> bool {
+        true
+    }
+
     fn no_large_execute(&self) -> bool {
         false
     }
@@ -474,6 +478,11 @@ impl VendorVcpu for SvmVcpu {
         }
     }
 
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.vmcb.control.int_ctl & int_ctl::V_IRQ != 0
+    }
+
     fn want_nmi_window(&mut self, wanted: bool) {
         let control = &mut self.vmcb.control;
         if wanted {
@@ -497,6 +506,8 @@ impl VendorVcpu for SvmVcpu {
         let more = if wanted { 1 << vector::BP } else { 0 };
         self.vmcb.control.intercept_exceptions = EXCEPTIONS | more;
     }
+
+    fn set_user_steps(&mut self, _: bool) {}
 
     fn want_all_msrs(&mut self, wanted: bool) {
         let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };

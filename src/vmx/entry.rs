@@ -43,8 +43,8 @@ pub(super) mod own {
     pub(in crate::vmx) const CONSTANT: u8 = 1 << 0;
     /// Nested root and TSC offset.
     pub(in crate::vmx) const CONTROL: u8 = 1 << 1;
-    /// What follows from the mode of the local APIC.
-    pub(in crate::vmx) const APIC: u8 = 1 << 2;
+    /// Secondary controls, and the fields of those that come and go.
+    pub(in crate::vmx) const SECONDARY: u8 = 1 << 2;
 }
 
 /// Translations to forget before the next entry.
@@ -57,7 +57,8 @@ pub(super) mod flush {
 
 impl VmxVcpu {
     fn ept_pointer(&self) -> u64 {
-        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | eptp::ACCESSED_DIRTY
+        let accessed_dirty = if self.machine.host.config.features.accessed_dirty { eptp::ACCESSED_DIRTY } else { 0 };
+        self.nested_root.0 | eptp::TYPE_WB | 3 << eptp::WALK_SHIFT | accessed_dirty
     }
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
@@ -100,6 +101,11 @@ impl VmxVcpu {
         vmcs.write(GuestNatural::Rflags, self.rflags);
     }
 
+    fn secondary(&self) -> u32 {
+        let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
+        self.machine.host.config.controls.secondary & !without_vpid | self.pml_control() | self.apic.secondary()
+    }
+
     /// What few entries need: fields that nearly never change, and forgetting translations.
     #[cold]
     pub(super) fn prepare_rarely(&mut self, irqs: &IrqsOff) {
@@ -110,10 +116,9 @@ impl VmxVcpu {
         if dirty & own::CONSTANT != 0 {
             self.write_constants(vmcs);
         }
-        if dirty & own::APIC != 0 {
-            let without_vpid = if self.vpid.is_none() { secondary::VPID } else { 0 };
-            let controls = self.machine.host.config.controls.secondary & !without_vpid;
-            vmcs.write(Control32::Secondary, controls | self.apic.secondary());
+        if dirty & own::SECONDARY != 0 {
+            vmcs.write(Control32::Secondary, self.secondary());
+            self.write_pml(vmcs);
             self.apic.write(&self.machine.host, vmcs);
         }
         if dirty & own::CONTROL != 0 {
@@ -159,6 +164,7 @@ impl VmxVcpu {
                 self.entry_failed(irqs, reason.0.into())
             }
             VmExit::TprBelowThreshold => Exit::PriorityLowered,
+            VmExit::PmlFull => Exit::WriteLogFull,
             VmExit::Apic(access) => apic::access(access),
             VmExit::ApicWrite { offset } => self.apic.written(offset),
             VmExit::VirtualizedEoi { vector } => Exit::EndOfInterrupt { vector },
@@ -234,8 +240,18 @@ impl VmxVcpu {
             self.prepare_rarely(irqs);
         }
         let Some(vmcs) = self.machine.vmcs.current(irqs) else { return Exit::EntryFailure { reason: u64::MAX } };
+        if self.user_steps {
+            // The CPU would insist on a trap before the next instruction, and userspace wants the one after it.
+            self.state.set_interruptibility(&self.machine, interruptibility::STI | interruptibility::MOV_SS, 0);
+        }
+        if regs.rflags != self.rflags {
+            self.state.flags_changed(&self.machine, regs.rflags ^ self.rflags);
+        }
         if self.state.is_dirty() {
             self.state.write_dirty(&self.machine, vmcs, regs.rflags);
+        }
+        if (regs.rflags | self.rflags) & rflags::TF != 0 {
+            self.state.prepare_single_step(&self.machine, vmcs, regs.rflags);
         }
         let rsp = if self.rsp_left { self.rsp } else { regs.gpr[Gpr::Rsp as usize] };
         for (field, value, old) in [
@@ -247,9 +263,6 @@ impl VmxVcpu {
                 *old = value;
                 vmcs.write(field, value);
             }
-        }
-        if regs.rflags & rflags::TF != 0 {
-            self.state.prepare_single_step(&self.machine, vmcs);
         }
         if self.primary != self.written_primary {
             self.written_primary = self.primary;
@@ -289,7 +302,7 @@ impl VmxVcpu {
         }
         let exit = self.neutral(decoded.exit, irqs);
         self.wanted = match exit {
-            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
+            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow | Exit::WriteLogFull => 0,
             Exit::PriorityLowered | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,

@@ -8,7 +8,7 @@
 use core::{
     arch::asm,
     cell::Cell,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use kernel::{error::to_result, prelude::*};
@@ -21,7 +21,7 @@ use crate::{
             error::InstructionError,
             HostNatural, ReadOnly32, Readable, Writable,
         },
-        Hpa,
+        Gpa, Hpa,
     },
     glue::{
         cpu::{self, IrqsOff},
@@ -197,6 +197,20 @@ impl VirtualApic {
     #[inline]
     pub(super) fn set_cr8(&self, cr8: u8) {
         self.store(regs::TPR, u32::from(cr8 & 0xF) << 4);
+    }
+}
+
+/// Where the CPU notes the addresses of pages that the guest writes.
+#[repr(C, align(4096))]
+pub(super) struct WriteLog([AtomicU64; 512]);
+
+// SAFETY: every field is made of integers.
+unsafe impl Zeroable for WriteLog {}
+
+impl WriteLog {
+    /// The addresses from entry number `first` to the end.
+    pub(super) fn from(&self, first: u16) -> impl Iterator<Item = Gpa> + '_ {
+        self.0.iter().skip(first.into()).map(|entry| Gpa(entry.load(Ordering::Relaxed) & !0xFFF))
     }
 }
 

@@ -13,6 +13,7 @@ mod apic;
 mod cpu;
 mod entry;
 mod insn;
+mod pml;
 mod state;
 mod vcpu;
 

@@ -359,6 +359,21 @@ impl GuestState {
         self.changed(group::CR0 | group::CR4 | group::EFER);
     }
 
+    /// RFLAGS differ in `bits` from what the guest left: what must fit them is written again.
+    pub(super) fn flags_changed(&mut self, machine: &Machine, bits: u64) {
+        let mut groups = 0;
+        if bits & rflags::VM != 0 {
+            groups |= group::SEGMENTS;
+        }
+        if bits & (rflags::IF | rflags::TF) != 0 {
+            groups |= group::INTERRUPTIBILITY;
+        }
+        if groups != 0 {
+            self.read_groups(machine, groups);
+            self.changed(groups);
+        }
+    }
+
     /// Writes what the software changed.
     #[cold]
     #[inline(never)]
@@ -396,6 +411,7 @@ impl GuestState {
         }
         if dirty & group::INTERRUPTIBILITY != 0 {
             vmcs.write(Guest32::Interruptibility, fix_interruptibility(self.interruptibility.get(), rflags));
+            self.prepare_single_step(machine, vmcs, rflags);
         }
         if dirty & group::CR0 != 0 {
             // Entries do not load CD and NW: hardware's copy has caching on.
@@ -434,13 +450,13 @@ impl GuestState {
         }
     }
 
-    /// With TF set and events blocked by STI or MOV SS, the CPU insists on a pending single-step trap. SDM "Checks on Guest
-    /// Non-Register State".
+    /// While STI or MOV SS blocks events, the CPU insists on a pending single-step trap with TF set, and on none without. SDM "Checks on
+    /// Guest Non-Register State".
     #[cold]
-    pub(super) fn prepare_single_step(&self, machine: &Machine, vmcs: CurrentVmcs<'_>) {
-        let blocking = self.interruptibility(machine);
+    pub(super) fn prepare_single_step(&self, machine: &Machine, vmcs: CurrentVmcs<'_>, rflags: u64) {
+        let blocking = fix_interruptibility(self.interruptibility(machine), rflags);
         let pending = vmcs.read(GuestNatural::PendingDebugExceptions);
-        let wanted = pending_debug_for(pending, blocking, rflags::TF, false);
+        let wanted = pending_debug_for(pending, blocking, rflags, false);
         if wanted != pending {
             vmcs.write(GuestNatural::PendingDebugExceptions, wanted);
         }

@@ -8,6 +8,8 @@ use super::{
     apic::Apic,
     cpu::Vmx,
     entry::{flush, own},
+    insn::WriteLog,
+    pml,
     state::{group, GuestState, HostFields, Machine, FS, GS, TR},
 };
 use crate::{
@@ -18,11 +20,12 @@ use crate::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Hpa, Level,
+        Gpa, Hpa, Level,
     },
     glue::{
         cpu::{IrqsOff, VcpuId},
         fpu::Window,
+        phys::PhysBox,
         vmx::{load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
     },
     guest::{
@@ -33,19 +36,23 @@ use crate::{
     mmu::Ept,
     policy::{
         msr::PAT_RESET,
-        vmx::event::{injection, Injection},
+        vmx::event::{injection, interruptibility_for, Injection},
     },
     vendor::{HardwareMsr, Vendor, VendorVcpu},
 };
 
-/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, and #MC is the host's.
-pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::AC | 1 << vector::MC;
+/// Vectors that must not be delivered without us: #DB and #AC can be raised without end by their own delivery, #UD may be the other
+/// vendor's hypercall, and #MC is the host's.
+pub(super) const EXCEPTIONS: u32 = 1 << vector::DB | 1 << vector::UD | 1 << vector::AC | 1 << vector::MC;
 
 /// One vCPU.
 pub(crate) struct VmxVcpu {
     pub(super) machine: Machine,
     pub(super) state: GuestState,
     pub(super) id: VcpuId,
+    /// Where the CPU notes pages that the guest writes, if it can, and whether it does.
+    pub(super) write_log: Option<PhysBox<WriteLog>>,
+    pub(super) logs_writes: bool,
     pub(super) apic: Apic,
     pub(super) vpid: Option<u16>,
     pub(super) tsc_offset: u64,
@@ -62,6 +69,8 @@ pub(crate) struct VmxVcpu {
     /// The exception bitmap, and what of it the VMCS has.
     pub(super) exceptions: u32,
     pub(super) written_exceptions: u32,
+    /// RFLAGS.TF is userspace's.
+    pub(super) user_steps: bool,
     /// Fields of this room's own to be written: bits of [`own`].
     pub(super) dirty: u8,
 
@@ -94,6 +103,8 @@ impl Vendor for Vmx {
             machine: Machine::new(self.clone())?,
             state: GuestState::new(),
             id: VcpuId::new(),
+            write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
+            logs_writes: false,
             apic: Apic::new()?,
             vpid: self.take_vpid(),
             tsc_offset: 0,
@@ -107,7 +118,8 @@ impl Vendor for Vmx {
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
-            dirty: own::CONSTANT | own::CONTROL | own::APIC,
+            user_steps: false,
+            dirty: own::CONSTANT | own::CONTROL | own::SECONDARY,
             injection: None,
             unfinished: None,
             next_rip: None,
@@ -136,8 +148,20 @@ impl Vendor for Vmx {
         }
     }
 
+    fn nested_accessed(&self) -> bool {
+        self.config.features.accessed_dirty
+    }
+
     fn no_large_execute(&self) -> bool {
         self.features.itlb_multihit
+    }
+
+    fn write_log_entries(&self) -> u32 {
+        if self.config.features.pml {
+            pml::ENTRIES
+        } else {
+            0
+        }
     }
 
     fn has_apic_page(&self) -> bool {
@@ -376,8 +400,6 @@ impl VendorVcpu for VmxVcpu {
 
     fn inject(&mut self, event: Event) {
         match event {
-            // It must not find NMIs blocked; the delivery blocks them.
-            Event::Nmi => self.state.set_interruptibility(&self.machine, interruptibility::NMI, 0),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
                     (vector::PF, Some(address)) => self.state.cr2 = address,
@@ -392,6 +414,8 @@ impl VendorVcpu for VmxVcpu {
             _ => {}
         }
         self.injection = injection(event, self.state.cr0 & cr0::PE != 0);
+        let state = self.state.interruptibility(&self.machine);
+        self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
     }
 
     #[inline]
@@ -423,6 +447,11 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::INTERRUPT_WINDOW_EXITING, wanted);
     }
 
+    #[inline]
+    fn has_interrupt_window(&self) -> bool {
+        self.primary & primary::INTERRUPT_WINDOW_EXITING != 0
+    }
+
     fn want_nmi_window(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::NMI_WINDOW_EXITING, wanted);
     }
@@ -430,7 +459,7 @@ impl VendorVcpu for VmxVcpu {
     fn want_cr8_writes(&mut self, below: Option<u8>) {
         // Without the shadow every write exits.
         if self.machine.host.config.features.tpr_shadow && self.apic.set_threshold(below.unwrap_or(0)) {
-            self.dirty |= own::APIC;
+            self.dirty |= own::SECONDARY;
         }
     }
 
@@ -438,8 +467,23 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.exceptions, 1 << vector::BP, wanted);
     }
 
+    fn set_user_steps(&mut self, steps: bool) {
+        self.user_steps = steps;
+    }
+
     fn want_all_msrs(&mut self, wanted: bool) {
         set_bit(&mut self.primary, primary::USE_MSR_BITMAPS, !wanted);
+    }
+
+    fn log_writes(&mut self, on: bool) {
+        self.set_pml(on);
+    }
+
+    #[inline]
+    fn take_written(&mut self, irqs: &IrqsOff, written: impl FnMut(Gpa)) {
+        if self.logs_writes {
+            self.empty_pml(irqs, written);
+        }
     }
 
     #[inline]
@@ -458,7 +502,7 @@ impl VendorVcpu for VmxVcpu {
 
     fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
         if self.apic.choose(&self.machine.host.config.features, apic) {
-            self.dirty |= own::APIC;
+            self.dirty |= own::SECONDARY;
             // What is cached of the APIC-access page depends on the control. SDM "Virtualizing Memory-Mapped APIC Accesses".
             self.flush |= flush::NESTED;
         }
@@ -474,7 +518,7 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn hand_over(&mut self, lapic: &mut Lapic, all: bool, irqs: &IrqsOff) {
-        if self.dirty & own::APIC != 0 {
+        if self.dirty & own::SECONDARY != 0 {
             self.prepare_rarely(irqs);
         }
         // Without a VMCS there is no entry.

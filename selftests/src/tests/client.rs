@@ -27,6 +27,8 @@ tests! { "client";
     boot_cpu;
     task_priority_page;
     task_priority_reports;
+    msr_filter;
+    msr_filter_while_vcpus_are_made;
 }
 
 fn enable(vm: &Vm, cap: u32, argument: u64) -> Result<i32> {
@@ -422,4 +424,66 @@ fn task_priority_reports() {
     assert_ok!(g.cpu.set(KVM_TPR_ACCESS_REPORTING, &control));
     g.expect_done();
     g.expect_done();
+}
+
+const PAT: u32 = 0x277;
+
+payload! { cl_read_pat, 64,
+    "2: mov ecx, 0x277",
+    "rdmsr",
+    "out 0xed, al",
+    "jmp 2b",
+}
+
+/// Sets a filter that denies reading the MSR `PAT`, or one that has nothing to do with it.
+fn set_filter(vm: &Vm, deny: bool) {
+    let mut bits = 0u64;
+    let mut filter = kvm_msr_filter::default();
+    filter.ranges[0] = kvm_msr_filter_range {
+        flags: KVM_MSR_FILTER_READ,
+        nmsrs: 1,
+        base: if deny { PAT } else { 0x10 },
+        bitmap: (&raw mut bits).cast(),
+    };
+    assert_ok!(vm.set(KVM_X86_SET_MSR_FILTER, &filter));
+}
+
+fn msr_filter() {
+    let g = Guest::long(cl_read_pat());
+    g.expect_done();
+    set_filter(&g.vm, true);
+    assert_eq!(g.exception(0), (13, 0));
+    set_filter(&g.vm, false);
+    g.expect_done();
+    let bad = kvm_msr_filter { flags: 2, ..Default::default() };
+    assert_err!(g.vm.set(KVM_X86_SET_MSR_FILTER, &bad), EINVAL, "flags");
+    let bad = kvm_msr_filter { flags: 1, ..Default::default() };
+    assert_err!(g.vm.set(KVM_X86_SET_MSR_FILTER, &bad), EINVAL, "denies everything");
+}
+
+/// Whichever comes first, the filter or the vCPU: the vCPU has the filter.
+fn msr_filter_while_vcpus_are_made() {
+    let g = Guest::long(cl_read_pat());
+    let began = now_ns();
+    let others: Vec<_> = (100..110).map(|id| g.vm.create_vcpu(id)).collect();
+    let creation_ns = (now_ns() - began) / others.len() as u64;
+    drop(others);
+    for id in 1..60u32 {
+        set_filter(&g.vm, false);
+        let barrier = std::sync::Barrier::new(2);
+        let cpu = std::thread::scope(|s| {
+            s.spawn(|| {
+                barrier.wait();
+                let end = now_ns() + creation_ns * u64::from(id) / 60;
+                while now_ns() < end {}
+                set_filter(&g.vm, true);
+            });
+            barrier.wait();
+            g.vm.create_vcpu(id)
+        });
+        assert_ok!(cpu.set_cpuid(&g.cpuid));
+        enter_long(&cpu, CODE, STACK - 0x200 * u64::from(id));
+        let event = event_of(&cpu, g.ram);
+        assert!(matches!(event, Event::Exception { vector: 13, .. }), "vCPU {id} has no filter: {event:x?}");
+    }
 }

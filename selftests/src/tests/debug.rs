@@ -12,6 +12,7 @@ use krabtest::{assert_ok, payload, skip, tests};
 
 tests! { "debug";
     steps_over_everything;
+    steps_out_of_an_interrupt_shadow;
     watchpoint_and_guests_registers;
     code_breakpoint;
     software_breakpoint;
@@ -57,6 +58,27 @@ fn steps_over_everything() {
     assert_eq!(g.cpu.regs().rax, 0x400);
     let d: kvm_debugregs = assert_ok!(g.cpu.get(KVM_GET_DEBUGREGS));
     assert_eq!((d.dr6, d.dr7), (0xffff_0ff0, 0x400), "traces in the guest's own registers");
+}
+
+payload! { lm_shadows, 64,
+    "sti",            // 1
+    "nop",            // 2
+    "mov eax, ss",    // 4
+    "mov ss, eax",    // 6
+    "nop",            // 7
+    "cli",            // 8
+    "out 0xed, al",
+}
+
+/// The instruction after STI is stepped; that after MOV SS runs before the trap. VMX would take the step as done before it began.
+fn steps_out_of_an_interrupt_shadow() {
+    let g = Guest::long(lm_shadows());
+    debug(&g, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP, [0; 8]);
+    let stops: Vec<u64> = (0..5).map(|_| debug_exit(&g).1).collect();
+    // An emulated CPU may trap after MOV SS, too.
+    assert!(stops == [1, 2, 4, 7, 8] || stops == [1, 2, 4, 6, 7], "{stops:?}");
+    debug(&g, 0, [0; 8]);
+    g.expect_done();
 }
 
 fn watchpoint_and_guests_registers() {

@@ -2,17 +2,22 @@
 //! Eventfds of a VM that lead back into it: resampling beside irqfds, and what a change of routes does to both.
 
 use krabtest::guest::*;
+use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::routing::Routing;
-use krabtest::sys::*;
+use krabtest::sys::{self, *};
+use krabtest::vm::Vm;
 use krabtest::{assert_err, assert_ok, payload, tests};
 
-use super::irqchip::APIC;
+use super::irqchip::{ic_ioapic_level, APIC};
 
 tests! { "eventfds";
     acknowledged_interrupt_brings_another;
     interrupt_behind_one_taken_back;
     halted_behind_one_taken_back;
+    resampling_follows_the_routes;
+    resampling_needs_the_whole_irqchip;
+    many_irqfds;
 }
 
 const PIC_VECTOR: u8 = 0x28;
@@ -150,5 +155,66 @@ fn halted_behind_one_taken_back() {
         assert_eq!(assert_ok!(g.vm.signal_msi(APIC, MSI_VECTOR.into())), 1);
         assert_eq!(g.report(), 0x600d);
         assert_eq!(g.count(MSI_VECTOR), round);
+    }
+}
+
+/// A resampled line falls at the end of its interrupt, at the pin where the routes lead it now.
+fn resampling_follows_the_routes() {
+    let g = Guest::long_irqchip(ic_ioapic_level());
+    g.set_eoi(Eoi::Xapic);
+    g.expect_done();
+    let (line, end) = (eventfd(), eventfd());
+    assert_ok!(g.vm.irqfd(line, 30, KVM_IRQFD_FLAG_RESAMPLE, end));
+    // Pin 10 of the I/O APIC: vector 0x48, level.
+    assert_ok!(Routing::new().chip(30, 2, 10).set(&g.vm));
+    for round in 1..=5 {
+        eventfd_write(line, 1);
+        for _ in 0..200 {
+            g.expect_done();
+            if g.count(0x48) >= round {
+                break;
+            }
+            sys::sleep_ms(1);
+        }
+        for _ in 0..5 {
+            g.expect_done();
+        }
+        assert_eq!(g.count(0x48), round, "one interrupt each");
+        assert_eq!(eventfd_read(end), 1, "one resample each");
+    }
+}
+
+fn resampling_needs_the_whole_irqchip() {
+    let vm = Vm::new();
+    assert_ok!(vm.set(
+        KVM_ENABLE_CAP,
+        &kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..Default::default() }
+    ));
+    assert_err!(vm.irqfd(eventfd(), 5, KVM_IRQFD_FLAG_RESAMPLE, eventfd()), EINVAL, "split irqchip");
+    let fd = eventfd();
+    assert_ok!(vm.irqfd(fd, 5, 0, 0));
+    assert_ok!(vm.irqfd(fd, 5, KVM_IRQFD_FLAG_DEASSIGN, 0));
+    let vm = Vm::new();
+    vm.create_irqchip();
+    assert_ok!(vm.irqfd(eventfd(), 5, KVM_IRQFD_FLAG_RESAMPLE, eventfd()));
+}
+
+fn many_irqfds() {
+    let g = Guest::long_irqchip(ic_ioapic_level());
+    g.set_eoi(Eoi::Xapic);
+    g.expect_done();
+    assert_ok!(Routing::new().msi(30, APIC, MSI_VECTOR.into()).set(&g.vm));
+    let limit = libc::rlimit { rlim_cur: 4096, rlim_max: 4096 };
+    // SAFETY: the structure lives through the call.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+    let fds: Vec<_> = (0..3000).map(|_| eventfd()).collect();
+    for fd in &fds {
+        assert_ok!(g.vm.irqfd(*fd, 30, 0, 0));
+    }
+    for (fd, count) in [(fds[0], 1), (fds[2999], 2)] {
+        eventfd_write(fd, 1);
+        g.expect_done();
+        g.expect_done();
+        assert_eq!(g.count(MSI_VECTOR), count);
     }
 }

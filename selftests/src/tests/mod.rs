@@ -7,6 +7,7 @@ pub mod api;
 pub mod apicv;
 pub mod client;
 pub mod debug;
+pub mod dirty_log;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -16,10 +17,12 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod random_state;
 pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod vmms;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
@@ -32,6 +35,7 @@ pub const GROUPS: &[Group] = &[
     host_state::GROUP,
     state::GROUP,
     memory::GROUP,
+    dirty_log::GROUP,
     faults::GROUP,
     lapic::GROUP,
     apicv::GROUP,
@@ -39,6 +43,8 @@ pub const GROUPS: &[Group] = &[
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    random_state::GROUP,
+    vmms::GROUP,
     stress::GROUP,
     safety::GROUP,
 ];

@@ -8,8 +8,10 @@ use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::rng::Rng;
 use krabtest::sys::{self, *};
-use krabtest::vm::{Cpuid, Device, Exit, OneMsr};
+use krabtest::vm::{Cpuid, Device, Exit, OneMsr, Vm};
 use krabtest::{assert_err, assert_ok, payload, skip, tests};
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 tests! { "state";
     reset_state;
@@ -32,6 +34,8 @@ tests! { "state";
     cpuid_after_run;
     clock;
     kvmclock_follows_tsc;
+    kvmclock_guest_stopped;
+    clock_read_while_it_is_set;
     tsc_khz;
     moved_to_another_vm;
 }
@@ -495,6 +499,53 @@ fn kvmclock_follows_tsc() {
     let third = timestamp();
     // (KVM leaves the clock as it is when the guest itself writes.)
     assert!(third >> 51 == 1 || on_kvm(), "{third:#x}");
+}
+
+payload! { st_halts, 64, "2: hlt", "jmp 2b" }
+
+/// KVM_KVMCLOCK_CTRL: a flag in the clock's page, there until the guest takes it away.
+fn kvmclock_guest_stopped() {
+    let g = Guest::long(st_halts());
+    assert_err!(g.cpu.ioctl(KVM_KVMCLOCK_CTRL, 0), EINVAL, "no clock");
+    assert!(g.cpu.set_msr(0x4b56_4d01, DATA | 1));
+    let flags = || {
+        assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt);
+        g.ram.read(DATA + 29, 1)[0]
+    };
+    assert_eq!(flags() & 2, 0);
+    assert_ok!(g.cpu.ioctl(KVM_KVMCLOCK_CTRL, 0));
+    assert_eq!(flags() & 2, 2);
+    assert!(g.cpu.set_msr(0x10, 1 << 40));
+    assert_eq!(flags() & 2, 2, "kept when the clock is written again");
+    g.ram.write(DATA + 29, &[0]);
+    assert!(g.cpu.set_msr(0x10, 1 << 41));
+    assert_eq!(flags() & 2, 0);
+    // Off again
+    assert!(g.cpu.set_msr(0x4b56_4d01, 0));
+    assert_err!(g.cpu.ioctl(KVM_KVMCLOCK_CTRL, 0), EINVAL, "no clock any more");
+}
+
+/// A clock that is set while another thread reads it shows what was set, or a little before it.
+fn clock_read_while_it_is_set() {
+    const HOUR_NS: u64 = 3_600_000_000_000;
+    let vm = Vm::new();
+    let set = || assert_ok!(vm.set(KVM_SET_CLOCK, &kvm_clock_data { clock: HOUR_NS, ..Default::default() }));
+    set();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            (0..40_000).for_each(|_| {
+                set();
+            });
+            done.store(true, Ordering::Relaxed);
+        });
+        while !done.load(Ordering::Relaxed) {
+            let mut data = kvm_clock_data::default();
+            assert_ok!(sys::ioctl_out(vm.fd, KVM_GET_CLOCK, &mut data));
+            let off = data.clock.abs_diff(HOUR_NS);
+            assert!(off < HOUR_NS / 60, "off by {off} ns");
+        }
+    });
 }
 
 fn tsc_khz() {

@@ -11,6 +11,7 @@ use krabtest::{assert_err, assert_ok, payload, skip, tests};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 tests! { "stress";
+    fast_pit;
     kicks(60);
     immediate_exit_race(60);
     two_vms_at_once(60);
@@ -532,4 +533,44 @@ fn descriptor_limit() {
         (r != EMFILE || refused != Some(Err(EMFILE)) || vcpu() != Some(Ok(()))) as i32
     });
     assert_eq!(status, 0);
+}
+
+payload! { ss_pit, 64,
+    // 8259A: vectors from 0x30, all but the timer masked
+    "mov al, 0x11",
+    "out 0x20, al",
+    "mov al, 0x30",
+    "out 0x21, al",
+    "mov al, 4",
+    "out 0x21, al",
+    "mov al, 1",
+    "out 0x21, al",
+    "mov al, 0xfe",
+    "out 0x21, al",
+    // Channel 0, both bytes, mode 2: 300 ticks, about 250 us
+    "mov al, 0x34",
+    "out 0x43, al",
+    "mov al, 0x2c",
+    "out 0x40, al",
+    "mov al, 1",
+    "out 0x40, al",
+    "sti",
+    "2: hlt",
+    "jmp 2b",
+}
+
+/// Ticks come late and wait for one another; none of them is the last.
+fn fast_pit() {
+    let g = Guest::long_with(ss_pit(), |vm| {
+        vm.create_irqchip();
+        vm.create_pit();
+    });
+    g.set_eoi(Eoi::Pic);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let threads = vec![with_tid(s, || spin(&g.cpu, &stop))];
+        let goes_on = (0..40).all(|_| g.ram.wait_u64(COUNTS + 8 * 0x30, g.count(0x30) + 200, 3000));
+        stop_all(&stop, threads);
+        assert!(goes_on, "it stopped after {} ticks", g.count(0x30));
+    });
 }

@@ -52,7 +52,7 @@ const SAVED: &[(u32, When)] = &[
     (msr::PLATFORM_INFO, Always),
     (msr::POWER_CTL, Always),
     (msr::UCODE_REV, Always),
-    (msr::HWCR, Amd),
+    (msr::HWCR, Always),
 ];
 
 const FEATURES: &[(u32, When)] = &[

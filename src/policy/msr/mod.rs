@@ -279,7 +279,7 @@ impl MsrState {
             msr::POWER_CTL => Some(self.power_ctl),
             msr::SMI_COUNT => Some(self.smi_count),
             msr::DEBUGCTL => Some(0),
-            msr::HWCR => cx.amd().then_some(self.hwcr),
+            msr::HWCR => Some(self.hwcr),
             msr::DE_CFG => cx.amd().then_some(self.de_cfg),
             msr::OSVW_ID_LENGTH => cx.amd().then_some(self.osvw[0]),
             msr::OSVW_STATUS => cx.amd().then_some(self.osvw[1]),
@@ -352,7 +352,7 @@ impl MsrState {
             msr::HWCR => {
                 let value = value & !HWCR_IGNORED;
                 let known = HWCR_TSC_FREQ_SEL | HWCR_MC_STATUS_WRITE;
-                self.hwcr = (cx.amd() && value & !known == 0).then_some(value)?;
+                self.hwcr = (value & !known == 0).then_some(value)?;
             }
             msr::DE_CFG => self.de_cfg = (cx.amd() && value & !cx.config.de_cfg() == 0).then_some(value)?,
             msr::OSVW_ID_LENGTH => self.osvw[0] = cx.amd().then_some(value)?,

@@ -114,7 +114,7 @@ mod tests {
     };
 
     fn features(cpu: &cpus::Cpu, apicv: bool) -> Features {
-        negotiate(&cpu.msrs, Options { apicv }).unwrap().features
+        negotiate(&cpu.msrs, Options { apicv, ..Options::ALL }).unwrap().features
     }
 
     fn lapic() -> Lapic {

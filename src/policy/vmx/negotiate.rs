@@ -2,8 +2,7 @@
 //! Which VMX controls a CPU runs guests with: from its capability MSRs to control words and features, or to the reason why not. SDM appendix
 //! "VMX Capability Reporting Facility".
 //!
-//! Wanted on every CPU: EPT with four levels, write-back tables and accessed and dirty bits (the nested tables rely on them), unrestricted
-//! guest (there is no other real-mode path), virtual NMIs, MSR bitmaps, and switching of EFER and PAT by hardware. All else is optional.
+//! Wanted on every CPU: EPT with four levels and write-back tables, unrestricted guest (there is no other real-mode path), virtual NMIs, MSR bitmaps, and switching of EFER and PAT by hardware. All else is optional.
 //! Tertiary controls and secondary VM-exit controls are not used.
 #![forbid(unsafe_code)]
 
@@ -148,7 +147,6 @@ pub enum Refusal {
     NoUnrestrictedGuest,
     NoFourLevels,
     NoWriteBackTables,
-    NoAccessedDirty,
     NoInvept,
     /// Other controls that must be on cannot be.
     Missing {
@@ -177,7 +175,6 @@ impl fmt::Display for Refusal {
             Self::NoUnrestrictedGuest => "no unrestricted guest",
             Self::NoFourLevels => "no EPT tables of four levels",
             Self::NoWriteBackTables => "EPT tables cannot be write-back memory",
-            Self::NoAccessedDirty => "no accessed and dirty bits in EPT entries",
             Self::NoInvept => "no INVEPT",
             Self::Missing { word, bits } => return write!(f, "{} controls {bits:#x} cannot be on", word.name()),
             Self::Forced { word, bits } => return write!(f, "{} controls {bits:#x} cannot be off", word.name()),
@@ -190,6 +187,15 @@ impl fmt::Display for Refusal {
 pub struct Options {
     /// Interrupt delivery by hardware.
     pub apicv: bool,
+    /// Page-modification logging.
+    pub pml: bool,
+    /// Accessed and dirty bits of EPT entries.
+    pub accessed_dirty: bool,
+}
+
+impl Options {
+    /// Everything that the CPU has.
+    pub const ALL: Self = Self { apicv: true, pml: true, accessed_dirty: true };
 }
 
 /// The control words that a new virtual CPU starts with. What comes and goes (windows, APICv, PML, ...) is off.
@@ -208,6 +214,8 @@ pub struct Features {
     /// EPT pages of 2 MiB and 1 GiB.
     pub page_2m: bool,
     pub page_1g: bool,
+    /// EPT entries have accessed and dirty bits.
+    pub accessed_dirty: bool,
     /// EPT tables of five levels.
     pub five_levels: bool,
     /// The narrowest INVEPT that serves one VM.
@@ -334,7 +342,6 @@ pub fn negotiate(msrs: &CapabilityMsrs, options: Options) -> Result<Config, Refu
         (!msrs.may(Word::Secondary, secondary::UNRESTRICTED_GUEST), Refusal::NoUnrestrictedGuest),
         (msrs.ept_vpid & ept_vpid::WALK_4 == 0, Refusal::NoFourLevels),
         (msrs.ept_vpid & ept_vpid::POINTER_WB == 0, Refusal::NoWriteBackTables),
-        (msrs.ept_vpid & ept_vpid::ACCESSED_DIRTY == 0, Refusal::NoAccessedDirty),
     ] {
         if bad {
             return Err(refusal);
@@ -399,6 +406,7 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
     Ok(Features {
         page_2m: ept(ept_vpid::PAGE_2M),
         page_1g: ept(ept_vpid::PAGE_1G),
+        accessed_dirty: options.accessed_dirty && ept(ept_vpid::ACCESSED_DIRTY),
         five_levels: ept(ept_vpid::WALK_5),
         invept,
         vpid,
@@ -413,7 +421,7 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         posted_interrupts: virtual_interrupts
             && msrs.may(Word::Pin, pin::POSTED_INTERRUPTS)
             && msrs.may(Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),
-        pml: may_secondary(secondary::PML),
+        pml: options.pml && options.accessed_dirty && may_secondary(secondary::PML) && ept(ept_vpid::ACCESSED_DIRTY),
         tsc_scaling: may_secondary(secondary::TSC_SCALING),
         perf_global_ctrl: msrs.may(Word::Entry, entry::LOAD_PERF_GLOBAL_CTRL)
             && msrs.may(Word::Exit, exit::LOAD_PERF_GLOBAL_CTRL)

@@ -18,25 +18,21 @@ use crate::arch::{
     },
 };
 
-const APICV: Options = Options { apicv: true };
 
 fn config(cpu: &Cpu) -> Config {
-    negotiate(&cpu.msrs, APICV).unwrap_or_else(|refusal| panic!("{}: {refusal}", cpu.name))
+    negotiate(&cpu.msrs, Options::ALL).unwrap_or_else(|refusal| panic!("{}: {refusal}", cpu.name))
 }
 
 #[test]
 fn old_cpus_are_refused_for_what_they_lack() {
-    for (cpu, refusal) in [
-        (VIA_L4700, Refusal::NoSecondaryControls),
-        (NEHALEM, Refusal::NoUnrestrictedGuest),
-        (WESTMERE, Refusal::NoAccessedDirty),
-        (SANDY_BRIDGE, Refusal::NoAccessedDirty),
-    ] {
-        assert_eq!(negotiate(&cpu.msrs, APICV), Err(refusal), "{}", cpu.name);
+    for (cpu, refusal) in [(VIA_L4700, Refusal::NoSecondaryControls), (NEHALEM, Refusal::NoUnrestrictedGuest)] {
+        assert_eq!(negotiate(&cpu.msrs, Options::ALL), Err(refusal), "{}", cpu.name);
     }
 }
 
-const GOOD: [Cpu; 9] = [
+const GOOD: [Cpu; 11] = [
+    WESTMERE,
+    SANDY_BRIDGE,
     HASWELL,
     BROADWELL,
     SKYLAKE_CLIENT,
@@ -57,7 +53,7 @@ fn legal(value: u32, msr: u64) -> bool {
 fn chosen_controls_are_legal() {
     for cpu in &GOOD {
         for apicv in [false, true] {
-            let controls = negotiate(&cpu.msrs, Options { apicv }).unwrap().controls;
+            let controls = negotiate(&cpu.msrs, Options { apicv, ..Options::ALL }).unwrap().controls;
             for (value, msr) in [
                 (controls.pin, cpu.msrs.true_pin),
                 (controls.primary, cpu.msrs.true_primary),
@@ -108,17 +104,28 @@ fn features_of_real_cpus() {
 }
 
 #[test]
-fn the_administrator_turns_apicv_off() {
+fn accessed_and_dirty_bits_came_with_haswell() {
     for cpu in &GOOD {
-        let features = negotiate(&cpu.msrs, Options { apicv: false }).unwrap().features;
+        let old = ["Westmere", "Sandy Bridge"].contains(&cpu.name);
+        assert_eq!(config(cpu).features.accessed_dirty, !old, "{}", cpu.name);
+        let without = negotiate(&cpu.msrs, Options { accessed_dirty: false, ..Options::ALL }).unwrap();
+        assert!(!without.features.accessed_dirty, "{}", cpu.name);
+    }
+}
+
+#[test]
+fn the_administrator_turns_features_off() {
+    for cpu in &GOOD {
+        let features = negotiate(&cpu.msrs, Options { apicv: false, pml: false, ..Options::ALL }).unwrap().features;
         let off = [
             features.apic_access,
             features.apic_registers,
             features.virtual_interrupts,
             features.x2apic_mode,
             features.posted_interrupts,
+            features.pml,
         ];
-        assert_eq!(off, [false; 5], "{}", cpu.name);
+        assert_eq!(off, [false; 6], "{}", cpu.name);
         assert!(features.tpr_shadow);
     }
 }
@@ -127,7 +134,7 @@ fn the_administrator_turns_apicv_off() {
 fn errata_take_features_away() {
     let with_signature = |signature| {
         let msrs = CapabilityMsrs { signature, ..HASWELL.msrs };
-        negotiate(&msrs, APICV).unwrap().features
+        negotiate(&msrs, Options::ALL).unwrap().features
     };
     assert_eq!(with_signature(0x206E6).preemption_timer, None);
     assert!(!with_signature(0x206E6).saves_preemption_timer && !with_signature(0x206E6).perf_global_ctrl);
@@ -187,17 +194,16 @@ fn what_is_missing_is_named() {
         ),
         (Word::Entry, entry::IA32E_MODE_GUEST, Refusal::Missing { word: Word::Entry, bits: entry::IA32E_MODE_GUEST }),
     ] {
-        assert_eq!(negotiate(&without(&BROADWELL, word, bits), APICV), Err(refusal));
+        assert_eq!(negotiate(&without(&BROADWELL, word, bits), Options::ALL), Err(refusal));
     }
     for (bits, refusal) in [
         (ept_vpid::WALK_4, Refusal::NoFourLevels),
         (ept_vpid::POINTER_WB, Refusal::NoWriteBackTables),
-        (ept_vpid::ACCESSED_DIRTY, Refusal::NoAccessedDirty),
         (ept_vpid::INVEPT, Refusal::NoInvept),
         (ept_vpid::INVEPT_SINGLE | ept_vpid::INVEPT_ALL, Refusal::NoInvept),
     ] {
         let msrs = CapabilityMsrs { ept_vpid: BROADWELL.msrs.ept_vpid & !bits, ..BROADWELL.msrs };
-        assert_eq!(negotiate(&msrs, APICV), Err(refusal));
+        assert_eq!(negotiate(&msrs, Options::ALL), Err(refusal));
     }
     for (basic, refusal) in [
         (0x00DA_0000_0000_0012, Refusal::RegionSize),
@@ -205,9 +211,9 @@ fn what_is_missing_is_named() {
         (0x00DB_0400_0000_0012, Refusal::Addresses32),
         (0x00C2_0400_0000_0012, Refusal::NotWriteBack),
     ] {
-        assert_eq!(negotiate(&CapabilityMsrs { basic, ..BROADWELL.msrs }, APICV), Err(refusal));
+        assert_eq!(negotiate(&CapabilityMsrs { basic, ..BROADWELL.msrs }, Options::ALL), Err(refusal));
     }
-    assert_eq!(negotiate(&CapabilityMsrs::default(), APICV), Err(Refusal::RegionSize));
+    assert_eq!(negotiate(&CapabilityMsrs::default(), Options::ALL), Err(Refusal::RegionSize));
 }
 
 #[test]
@@ -223,7 +229,7 @@ fn what_is_forced_is_named() {
         (Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),
         (Word::Entry, entry::IA32E_MODE_GUEST),
     ] {
-        assert_eq!(negotiate(&forcing(&BROADWELL, word, bits), APICV), Err(Refusal::Forced { word, bits }));
+        assert_eq!(negotiate(&forcing(&BROADWELL, word, bits), Options::ALL), Err(Refusal::Forced { word, bits }));
     }
 }
 
@@ -231,29 +237,29 @@ fn what_is_forced_is_named() {
 fn without_true_controls_cr3_exits_cannot_be_off() {
     let msrs = CapabilityMsrs { basic: BROADWELL.msrs.basic & !(1 << 55), ..BROADWELL.msrs };
     let bits = primary::CR3_LOAD_EXITING | primary::CR3_STORE_EXITING;
-    assert_eq!(negotiate(&msrs, APICV), Err(Refusal::Forced { word: Word::Primary, bits }));
+    assert_eq!(negotiate(&msrs, Options::ALL), Err(Refusal::Forced { word: Word::Primary, bits }));
 }
 
 #[test]
 fn optional_things_may_be_missing() {
     let msrs = without(&BROADWELL, Word::Primary, primary::TPR_SHADOW | primary::MONITOR_EXITING);
-    let config = negotiate(&msrs, APICV).unwrap();
+    let config = negotiate(&msrs, Options::ALL).unwrap();
     assert!(!config.features.tpr_shadow && !config.features.x2apic_mode);
     assert_eq!(
         config.controls.primary & (primary::CR8_LOAD_EXITING | primary::CR8_STORE_EXITING | primary::MONITOR_EXITING),
         primary::CR8_LOAD_EXITING | primary::CR8_STORE_EXITING
     );
     let msrs = without(&BROADWELL, Word::Secondary, secondary::VPID | secondary::RDTSCP | secondary::WBINVD_EXITING);
-    let config = negotiate(&msrs, APICV).unwrap();
+    let config = negotiate(&msrs, Options::ALL).unwrap();
     assert_eq!(config.features.vpid, None);
     assert!(!config.features.invvpid_address && !config.features.rdtscp);
     assert_eq!(config.controls.secondary & (secondary::VPID | secondary::RDTSCP | secondary::WBINVD_EXITING), 0);
     // VPIDs that cannot be invalidated are of no use.
     let ept_vpid = BROADWELL.msrs.ept_vpid & !(ept_vpid::INVVPID_SINGLE | ept_vpid::INVVPID_ALL);
-    let config = negotiate(&CapabilityMsrs { ept_vpid, ..BROADWELL.msrs }, APICV).unwrap();
+    let config = negotiate(&CapabilityMsrs { ept_vpid, ..BROADWELL.msrs }, Options::ALL).unwrap();
     assert_eq!((config.features.vpid, config.controls.secondary & secondary::VPID), (None, 0));
     let ept_vpid = BROADWELL.msrs.ept_vpid & !(ept_vpid::INVVPID_SINGLE | ept_vpid::INVEPT_SINGLE);
-    let features = negotiate(&CapabilityMsrs { ept_vpid, ..BROADWELL.msrs }, APICV).unwrap().features;
+    let features = negotiate(&CapabilityMsrs { ept_vpid, ..BROADWELL.msrs }, Options::ALL).unwrap().features;
     assert_eq!((features.vpid, features.invept), (Some(InvvpidType::All), InveptType::All));
 }
 
@@ -341,7 +347,8 @@ fn random_capabilities_are_refused_or_legal() {
                 *msr ^= 1 << (next() & 63);
             }
         }
-        match negotiate(&msrs, Options { apicv: next() & 1 != 0 }) {
+        let options = Options { apicv: next() & 1 != 0, pml: next() & 1 != 0, accessed_dirty: next() & 1 != 0 };
+        match negotiate(&msrs, options) {
             Ok(config) => {
                 good += 1;
                 assert!(Basic(msrs.basic).true_controls(), "without them CR3 exits are forced");
