@@ -269,7 +269,7 @@ impl<V: Vendor> Vcpu<V> {
 
     /// What others asked for and what needs process context.
     fn serve_requests(&self, core: &mut Core<V>) {
-        if !self.peer.inbox.is_empty() {
+        if self.has_mail() {
             core.state.drain_inbox(&self.vm, &self.peer);
         }
         let requests = self.peer.kick.take(u64::MAX);
@@ -310,7 +310,7 @@ impl<V: Vendor> Vcpu<V> {
         let peer = &self.peer;
         let began = timer::now_ns();
         peer.stats.set(VcpuStat::Blocking, 1);
-        let woken = peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0);
+        let woken = peer.kick.block_until(|| self.has_mail() || peer.kick.pending() != 0);
         peer.stats.set(VcpuStat::Blocking, 0);
         peer.stats.count(VcpuStat::HaltWakeup);
         peer.stats.add(VcpuStat::HaltWaitNs, timer::now_ns().saturating_sub(began));
@@ -334,7 +334,7 @@ impl<V: Vendor> Vcpu<V> {
             let loaded = session.load(&irqs);
             let state = &mut *loaded.state;
             loop {
-                if !self.peer.inbox.is_empty() {
+                if self.has_mail() {
                     state.drain_inbox(&self.vm, &self.peer);
                     if state.mp_state != MpState::Runnable {
                         return Slow::Work;
@@ -349,7 +349,7 @@ impl<V: Vendor> Vcpu<V> {
                     }
                     return Slow::Work;
                 };
-                if !self.peer.inbox.is_empty() {
+                if self.has_mail() {
                     break;
                 }
                 if state.hw.wants_pdptes() {

@@ -46,6 +46,11 @@ pub(crate) trait Vendor: Hardware + Sized {
         0
     }
 
+    /// Whether its CPUs take a guest's interrupts by themselves while they run it.
+    fn takes_posted(&self) -> bool {
+        false
+    }
+
     /// Whether its CPUs know a page of host memory as the local APIC's window.
     fn has_apic_page(&self) -> bool {
         false
@@ -133,6 +138,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
 
     /// Where the page is that a CPU with [`Vendor::has_apic_page`] takes for the local APIC's window.
     fn set_apic_page(&mut self, _page: Hpa) {}
+    /// Where a [`PostedInterrupts`](crate::irqchip::lapic::PostedInterrupts) is for a CPU with [`Vendor::takes_posted`].
+    fn set_posted(&mut self, _descriptor: Hpa) {}
     /// Whether the CPU delivers the interrupts of this APIC from now on. `None`: software does, in any case. Software has the interrupts now.
     fn choose_delivery(&mut self, _apic: Option<&Lapic>) -> bool {
         false

@@ -43,6 +43,8 @@ fn main() {
 }
 
 fn usage() -> ! {
-    eprintln!("usage: krab-selftests [--device PATH] [--bed NAME] [--list] [--times] [--no-apicv] [FILTER ...] [-FILTER ...]");
+    eprintln!(
+        "usage: krab-selftests [--device PATH] [--bed NAME] [--list] [--times] [--no-apicv] [FILTER ...] [-FILTER ...]"
+    );
     std::process::exit(2);
 }

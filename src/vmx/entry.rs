@@ -17,9 +17,10 @@ use crate::{
         segment::SegmentName,
         vmcs::{
             control::{eptp, interruptibility, primary, secondary, NO_LINK},
+            event::{InterruptionInfo, Kind},
             exit::reason,
             Control16, Control32, Control64, ControlNatural, Guest64, GuestNatural, Host16, Host32, Host64,
-            HostNatural,
+            HostNatural, ReadOnly32,
         },
     },
     glue::{
@@ -63,7 +64,6 @@ impl VmxVcpu {
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
         let controls = &self.machine.host.config.controls;
-        vmcs.write(Control32::Pin, controls.pin);
         vmcs.write(Control32::Exit, controls.exit);
         vmcs.write(Control32::ExceptionBitmap, EXCEPTIONS);
         for zero in [
@@ -117,6 +117,7 @@ impl VmxVcpu {
             self.write_constants(vmcs);
         }
         if dirty & own::SECONDARY != 0 {
+            vmcs.write(Control32::Pin, self.machine.host.config.controls.pin | self.apic.pin());
             vmcs.write(Control32::Secondary, self.secondary());
             self.write_pml(vmcs);
             self.apic.write(&self.machine.host, vmcs);
@@ -301,6 +302,10 @@ impl VmxVcpu {
             self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
         }
         let exit = self.neutral(decoded.exit, irqs);
+        if exit == Exit::HostInterrupt && self.machine.host.notification_vector.is_some() {
+            let info = InterruptionInfo(self.machine.vmcs.peek(ReadOnly32::InterruptionInfo));
+            self.acknowledged = (info.valid() && info.kind() == Kind::ExternalInterrupt).then(|| info.vector());
+        }
         self.wanted = match exit {
             Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow | Exit::WriteLogFull => 0,
             Exit::PriorityLowered | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,

@@ -26,7 +26,7 @@ use crate::{
         cpu::{IrqsOff, VcpuId},
         fpu::Window,
         phys::PhysBox,
-        vmx::{load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
+        vmx::{deliver_host_interrupt, load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
     },
     guest::{
         event::{vector, Event},
@@ -81,6 +81,8 @@ pub(crate) struct VmxVcpu {
     pub(super) wanted: u32,
 
     pub(super) flush: u8,
+    /// The host's interrupt that the last exit acknowledged, and that the host does not know of yet.
+    pub(super) acknowledged: Option<u8>,
     /// Where the vCPU ran last; a number that no CPU has before.
     pub(super) last_cpu: usize,
     pub(super) host_fields: HostFields,
@@ -125,6 +127,7 @@ impl Vendor for Vmx {
             next_rip: None,
             wanted: 0,
             flush: flush::NESTED,
+            acknowledged: None,
             last_cpu: usize::MAX,
             host_fields: HostFields::UNWRITTEN,
             host_debugctl: DebugControl::default(),
@@ -162,6 +165,10 @@ impl Vendor for Vmx {
         } else {
             0
         }
+    }
+
+    fn takes_posted(&self) -> bool {
+        self.notification_vector.is_some()
     }
 
     fn has_apic_page(&self) -> bool {
@@ -500,6 +507,10 @@ impl VendorVcpu for VmxVcpu {
         self.apic.set_window(page);
     }
 
+    fn set_posted(&mut self, descriptor: Hpa) {
+        self.apic.set_posted(descriptor);
+    }
+
     fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
         if self.apic.choose(&self.machine.host.config.features, apic) {
             self.dirty |= own::SECONDARY;
@@ -581,6 +592,9 @@ impl VendorVcpu for VmxVcpu {
         }
         self.machine.unload(irqs);
         self.host_debugctl.restore(irqs);
+        if let Some(vector) = self.acknowledged.take() {
+            deliver_host_interrupt(vector, irqs);
+        }
     }
 
     #[inline]

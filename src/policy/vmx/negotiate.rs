@@ -187,6 +187,8 @@ impl fmt::Display for Refusal {
 pub struct Options {
     /// Interrupt delivery by hardware.
     pub apicv: bool,
+    /// Interrupts that hardware takes while it runs the guest.
+    pub posted: bool,
     /// Page-modification logging.
     pub pml: bool,
     /// Accessed and dirty bits of EPT entries.
@@ -195,7 +197,7 @@ pub struct Options {
 
 impl Options {
     /// Everything that the CPU has.
-    pub const ALL: Self = Self { apicv: true, pml: true, accessed_dirty: true };
+    pub const ALL: Self = Self { apicv: true, posted: true, pml: true, accessed_dirty: true };
 }
 
 /// The control words that a new virtual CPU starts with. What comes and goes (windows, APICv, PML, ...) is off.
@@ -418,7 +420,8 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         apic_registers,
         virtual_interrupts,
         x2apic_mode: apicv && may_secondary(secondary::VIRTUALIZE_X2APIC_MODE),
-        posted_interrupts: virtual_interrupts
+        posted_interrupts: options.posted
+            && virtual_interrupts
             && msrs.may(Word::Pin, pin::POSTED_INTERRUPTS)
             && msrs.may(Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),
         pml: options.pml && options.accessed_dirty && may_secondary(secondary::PML) && ept(ept_vpid::ACCESSED_DIRTY),

@@ -18,7 +18,6 @@ use crate::arch::{
     },
 };
 
-
 fn config(cpu: &Cpu) -> Config {
     negotiate(&cpu.msrs, Options::ALL).unwrap_or_else(|refusal| panic!("{}: {refusal}", cpu.name))
 }
@@ -347,7 +346,12 @@ fn random_capabilities_are_refused_or_legal() {
                 *msr ^= 1 << (next() & 63);
             }
         }
-        let options = Options { apicv: next() & 1 != 0, pml: next() & 1 != 0, accessed_dirty: next() & 1 != 0 };
+        let options = Options {
+            apicv: next() & 1 != 0,
+            posted: next() & 1 != 0,
+            pml: next() & 1 != 0,
+            accessed_dirty: next() & 1 != 0,
+        };
         match negotiate(&msrs, options) {
             Ok(config) => {
                 good += 1;
