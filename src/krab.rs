@@ -78,7 +78,7 @@ module! {
             description: "0: Intel CPUs do not log the pages that guests write",
         },
         apicv: u8 {
-            default: 2,
+            default: 1,
             description: "Intel's APICv: 0: deliver guests' interrupts by software; 1: no posted interrupts; 2: all of it",
         },
     },
