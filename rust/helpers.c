@@ -14,6 +14,8 @@
 
 #include <linux/slab.h>
 #include <linux/srcu.h>
+#include <asm/apic.h>
+#include <asm/irq_vectors.h>
 #include <asm/tsc.h>
 
 #include "helpers.h"
@@ -187,6 +189,13 @@ void krab_kick_cpu(unsigned int cpu)
 	if (cpu != get_cpu() && cpu_online(cpu))
 		arch_smp_send_reschedule(cpu);
 	put_cpu();
+}
+
+/* On this CPU, too: then it waits for the entry. */
+void krab_notify_cpu(unsigned int cpu)
+{
+	if (cpu_online(cpu))
+		apic->send_IPI(cpu, POSTED_INTR_VECTOR);
 }
 
 /* eventfd.rs */

@@ -66,6 +66,7 @@ int xfer_to_guest_mode_handle_work(void);
 void krab_prepare_to_wait(struct rcuwait *waiter);
 void krab_set_interruptible(void);
 void krab_kick_cpu(unsigned int cpu);
+void krab_notify_cpu(unsigned int cpu);
 
 /* eventfd.rs */
 __poll_t krab_poll(struct file *file, struct poll_table_struct *table);

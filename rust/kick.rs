@@ -75,6 +75,18 @@ impl KickPoint {
         self.leave_soon();
     }
 
+    /// Wakes the vCPU, or tells the CPU that runs it in guest mode, after something changed that this CPU looks at by itself, and that the
+    /// vCPU looks at before it enters. For any context but NMI.
+    #[inline]
+    pub fn notify(&self) {
+        fence(Ordering::SeqCst);
+        self.wake();
+        if self.mode.load(Ordering::Relaxed) != OUTSIDE {
+            // SAFETY: by the type invariant a valid CPU number. Where nobody is in guest mode any more, the host ignores it.
+            unsafe { own::krab_notify_cpu(self.cpu.load(Ordering::Relaxed)) };
+        }
+    }
+
     /// Sets request bits on many vCPUs, makes those in guest mode leave, and waits until they have. Sleepers sleep on. On return no
     /// vCPU runs guest code that does not know of the bits. Not between `enter_guest` and the end of [`InGuest`].
     pub fn post_and_wait<'a>(vcpus: impl Iterator<Item = &'a KickPoint> + Clone, bits: u64) {

@@ -51,6 +51,9 @@ impl<T> DerefMut for PhysBox<T> {
     }
 }
 
+// SAFETY: every field is made of integers.
+unsafe impl Zeroable for crate::irqchip::lapic::PostedInterrupts {}
+
 /// `N` bytes for hardware: permission maps, save areas.
 #[derive(Zeroable)]
 #[repr(C, align(4096))]

@@ -8,6 +8,7 @@
 #include <asm/desc.h>
 #include <asm/fsgsbase.h>
 #include <asm/gsseg.h>
+#include <asm/irq_vectors.h>
 #include <asm/msr.h>
 #include <asm/processor.h>
 #include <asm/segment.h>
@@ -102,4 +103,27 @@ void krab_vmx_host_nmi(void)
 	}
 	apic->send_IPI(raw_smp_processor_id(), NMI_VECTOR);
 	iret_to_self();
+}
+
+/*
+ * The vector whose interrupt a guest's CPU takes for itself, or 0. The kernel has a handler for it that does nothing, for KVM: so it may come
+ * at any time. With FRED the gates that krab_vmx_host_interrupt() goes through are not there.
+ */
+u8 krab_vmx_notification_vector(void)
+{
+	return IS_ENABLED(CONFIG_KVM) && !cpu_feature_enabled(X86_FEATURE_FRED) ? POSTED_INTR_VECTOR : 0;
+}
+
+/* enter.S */
+void krab_vmx_gate(unsigned int vector);
+
+/*
+ * A VM exit acknowledged this interrupt. Its handler has to believe that it came with interrupts on: what it puts off, such as setting the
+ * timer again, is done on the way back to such code only.
+ */
+void krab_vmx_host_interrupt(u8 vector)
+{
+	local_irq_enable();
+	krab_vmx_gate(vector);
+	local_irq_disable();
 }

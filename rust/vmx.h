@@ -37,5 +37,7 @@ void krab_vmx_read_host(struct krab_vmx_host *host);
 void krab_vmx_save_task(struct krab_vmx_task *task);
 void krab_vmx_restore_task(const struct krab_vmx_task *task);
 void krab_vmx_host_nmi(void);
+u8 krab_vmx_notification_vector(void);
+void krab_vmx_host_interrupt(u8 vector);
 
 #endif

@@ -61,6 +61,22 @@ pub(crate) fn deliver_host_nmi(_irqs: &IrqsOff) {
     unsafe { bindings::krab_vmx_host_nmi() };
 }
 
+/// The vector that tells a CPU of posted interrupts, and that the host is not disturbed by. `None`: there is none on this host.
+pub(crate) fn notification_vector() -> Option<u8> {
+    // SAFETY: no preconditions.
+    match unsafe { bindings::krab_vmx_notification_vector() } {
+        0 => None,
+        vector => Some(vector),
+    }
+}
+
+/// Lets the host handle the interrupt that ended a guest's run and that the exit acknowledged. Interrupts are on in between. VMX operation
+/// is over, and nothing of what the handler could look at is the guest's but what [`TaskState`] keeps.
+pub(crate) fn deliver_host_interrupt(vector: u8, _irqs: &IrqsOff) {
+    // SAFETY: the CPU has acknowledged the interrupt, so its handler is what has to run now, and preemption is off.
+    unsafe { bindings::krab_vmx_host_interrupt(vector) };
+}
+
 /// Sets one of the MSRs that the CPU does not switch and that only SYSCALL and SWAPGS in user mode use.
 fn write_syscall_msr(msr: u32, value: u64) {
     // SAFETY: no user code runs on this CPU before the host's values are back: preemption is off.

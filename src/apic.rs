@@ -40,24 +40,26 @@ impl<V: Vendor> State<V> {
         }
     }
 
-    /// Before an entry: the CPU gets what it is to deliver.
+    /// Before an entry: the CPU gets what it is to deliver. Whether it is the one who delivers.
     #[inline]
-    pub(crate) fn hand_over(&mut self, irqs: &IrqsOff) {
+    pub(crate) fn hand_over(&mut self, irqs: &IrqsOff) -> bool {
         if !V::Vcpu::DELIVERS || !self.delivery.chosen {
-            return;
+            return false;
         }
+        let all = !self.delivery.has_them;
+        if all || self.lapic.as_ref().is_some_and(|lapic| lapic.has_news()) {
+            self.hand_over_now(all, irqs);
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn hand_over_now(&mut self, all: bool, irqs: &IrqsOff) {
+        self.await_deadline();
         if let Some(lapic) = &mut self.lapic {
-            let all = !self.delivery.has_them;
-            if all || lapic.has_news() {
-                self.delivery.has_them = true;
-                if lapic.highest_irr().is_some() {
-                    self.await_deadline();
-                }
-                if let Some(lapic) = &mut self.lapic {
-                    self.cr8 = lapic.cr8();
-                    self.hw.hand_over(lapic, all, irqs);
-                }
-            }
+            self.delivery.has_them = true;
+            self.cr8 = lapic.cr8();
+            self.hw.hand_over(lapic, all, irqs);
         }
     }
 

@@ -328,7 +328,7 @@ impl<V: Vendor> State<V> {
                 }
             }
             Exit::Hypercall => self.handle_hypercall(vm, false),
-            Exit::InterruptWindow | Exit::WriteLogFull => Ok(()),
+            Exit::InterruptWindow | Exit::PriorityLowered | Exit::WriteLogFull => Ok(()),
             Exit::Deadline => {
                 self.run_deadline_came();
                 Ok(())

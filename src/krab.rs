@@ -91,7 +91,7 @@ module! {
         },
         apicv: u8 {
             default: 1,
-            description: "0: deliver guests' interrupts by software on Intel, too",
+            description: "Intel's APICv: 0: deliver guests' interrupts by software; 1: no posted interrupts; 2: all of it",
         },
     },
 }
@@ -131,6 +131,7 @@ impl<V: Vendor> Registered<V> {
 fn vmx_options() -> VmxOptions {
     VmxOptions {
         apicv: *module_parameters::apicv.value() != 0,
+        posted: *module_parameters::apicv.value() > 1,
         pml: *module_parameters::pml.value() != 0,
         accessed_dirty: *module_parameters::ept_ad.value() != 0,
         unrestricted_guest: *module_parameters::unrestricted_guest.value() != 0,

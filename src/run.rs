@@ -37,6 +37,7 @@ use crate::{
         queue::{Entry, Readiness},
         Event, Exception, Exit,
     },
+    irqchip::lapic::Lapic,
     mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -279,7 +280,7 @@ impl<V: Vendor> Vcpu<V> {
 
     /// What others asked for and what needs process context.
     fn serve_requests(&self, core: &mut Core<V>) {
-        if !self.peer.inbox.is_empty() {
+        if self.has_mail() {
             core.state.drain_inbox(&self.vm, &self.peer);
         }
         core.state.catch_up_tsc();
@@ -322,7 +323,7 @@ impl<V: Vendor> Vcpu<V> {
         let peer = &self.peer;
         let began = timer::now_ns();
         peer.stats.set(VcpuStat::Blocking, 1);
-        let woken = peer.kick.block_until(|| !peer.inbox.is_empty() || peer.kick.pending() != 0);
+        let woken = peer.kick.block_until(|| self.has_mail() || peer.kick.pending() != 0);
         peer.stats.set(VcpuStat::Blocking, 0);
         peer.stats.count(VcpuStat::HaltWakeup);
         peer.stats.add(VcpuStat::HaltWaitNs, timer::now_ns().saturating_sub(began));
@@ -349,7 +350,7 @@ impl<V: Vendor> Vcpu<V> {
             let loaded = session.load(&irqs);
             let state = &mut *loaded.state;
             loop {
-                if !self.peer.inbox.is_empty() {
+                if self.has_mail() {
                     state.drain_inbox(&self.vm, &self.peer);
                     if state.mp_state != MpState::Runnable {
                         return Slow::Work;
@@ -364,7 +365,7 @@ impl<V: Vendor> Vcpu<V> {
                     }
                     return Slow::Work;
                 };
-                if !self.peer.inbox.is_empty() {
+                if self.has_mail() {
                     break;
                 }
                 if state.hw.wants_pdptes() || state.hw.needs_software(&state.regs) {
@@ -494,18 +495,21 @@ impl<V: Vendor> State<V> {
     #[inline]
     pub(crate) fn interrupt_waits(&self) -> bool {
         match &self.lapic {
-            Some(lapic) => {
-                lapic.highest_pending().is_some()
-                    || (self.pic_signal || self.user_interrupt.is_some()) && lapic.accepts_pic()
-            }
+            Some(lapic) => lapic.highest_pending().is_some() || self.pic_interrupt_waits(lapic),
             None => self.user_interrupt.is_some(),
         }
     }
 
-    /// Whether an interrupt waits only for the guest to lower CR8, which must be seen then.
+    /// Whether an interrupt of the 8259A waits, wherever that is, and gets past the local APIC.
     #[inline]
-    fn held_back_by_tpr(&self) -> bool {
-        self.lapic.as_ref().is_some_and(|lapic| lapic.tpr_threshold().is_some())
+    fn pic_interrupt_waits(&self, lapic: &Lapic) -> bool {
+        (self.pic_signal || self.user_interrupt.is_some()) && lapic.accepts_pic()
+    }
+
+    /// The priority below which the guest must lower CR8 for an interrupt that waits for nothing else, which must be seen then.
+    #[inline]
+    fn held_back_by_tpr(&self) -> Option<u8> {
+        self.lapic.as_ref()?.tpr_threshold()
     }
 
     /// Whether a halted CPU goes on.
@@ -522,15 +526,18 @@ impl<V: Vendor> State<V> {
     /// this very vCPU.
     #[inline]
     fn prepare_entry(&mut self, vcpu: &Vcpu<V>, user_window: bool, irqs: &IrqsOff) -> bool {
-        self.hand_over(irqs);
-        if let Some(lapic) = &self.lapic {
-            if lapic.cr8() != self.cr8 {
-                self.cr8 = lapic.cr8();
-                self.hw.set_tpr(self.cr8);
+        let (waits, held_back) = if self.hand_over(irqs) {
+            (self.lapic.as_ref().is_some_and(|lapic| self.pic_interrupt_waits(lapic)), false)
+        } else {
+            if let Some(lapic) = &self.lapic {
+                if lapic.cr8() != self.cr8 {
+                    self.cr8 = lapic.cr8();
+                    self.hw.set_tpr(self.cr8);
+                }
             }
-        }
-        let waits = self.interrupt_waits() && !self.debug.blocks_interrupts();
-        let held_back = self.held_back_by_tpr();
+            (self.interrupt_waits(), self.held_back_by_tpr().is_some())
+        };
+        let waits = waits && !self.debug.blocks_interrupts();
         let idle = !waits && !held_back && self.events.is_empty();
         if idle && !self.windows_open && !self.shadow_step && !user_window {
             return false;
@@ -613,7 +620,7 @@ impl<V: Vendor> State<V> {
         let held_back = self.held_back_by_tpr();
         self.hw.want_interrupt_window(more);
         self.hw.want_cr8_writes(held_back);
-        self.windows_open = more || held_back;
+        self.windows_open = more || held_back.is_some();
         asked_pic
     }
 

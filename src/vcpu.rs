@@ -38,13 +38,14 @@ use crate::{
         kick::KickPoint,
         lock::KillableMutex,
         page::{SharedPage, UserPage},
+        phys::PhysBox,
         task,
     },
     guest::{queue::EventQueue, Regs},
     guest_tsc::VcpuTsc,
     irqchip::{
         dest::{for_each_target, CardCell, Cards, Origin},
-        lapic::{regs::BASE_BSP, Inbox, Lapic, LapicWork, LocalSignal, Posted, Reset},
+        lapic::{regs::BASE_BSP, Inbox, Lapic, LapicWork, LocalSignal, Posted, PostedInterrupts, Reset},
         Message,
     },
     msrs::MsrFilter,
@@ -79,6 +80,8 @@ pub(crate) struct Peer {
     /// The id that userspace gave it, and its APIC ID.
     pub(crate) id: u32,
     pub(crate) inbox: Inbox,
+    /// Where the CPU that runs it takes interrupts by itself.
+    posted: Option<PhysBox<PostedInterrupts>>,
     pub(crate) kick: KickPoint,
     pub(crate) stats: VcpuStats,
     /// Pages that it wrote, where userspace wants rings.
@@ -219,8 +222,7 @@ impl Peers {
                 return;
             }
             if let Some(peer) = self.get(index) {
-                if peer.inbox.post(message) == Posted::New {
-                    peer.kick.kick();
+                if peer.post(message) {
                     new = usize::wrapping_add(new, 1);
                 }
             }
@@ -232,11 +234,8 @@ impl Peers {
     pub(crate) fn deliver_to(&self, index: usize, message: &Message) -> bool {
         let accepts = self.cards.get(index).is_some_and(|card| card.card().accepts(message.delivery));
         match self.get(index) {
-            Some(peer) if accepts && peer.inbox.post(message) == Posted::New => {
-                peer.kick.kick();
-                true
-            }
-            _ => false,
+            Some(peer) => accepts && peer.post(message),
+            None => false,
         }
     }
 }
@@ -390,6 +389,11 @@ pub(crate) struct Vcpu<V: Vendor> {
 }
 
 impl<V: Vendor> Vcpu<V> {
+    #[inline]
+    pub(crate) fn has_mail(&self) -> bool {
+        self.peer.has_mail(V::Vcpu::DELIVERS)
+    }
+
     /// A vCPU in its reset state. The caller keeps others from making one until it has added it to the VM's.
     pub(crate) fn new(vm: Arc<Vm<V>>, id: u32) -> Result<Arc<Self>> {
         let index = vm.peers.place_for(id)?;
@@ -397,6 +401,7 @@ impl<V: Vendor> Vcpu<V> {
             Peer {
                 id,
                 inbox: Inbox::new(),
+                posted: if vm.host.owner.hardware().takes_posted() { Some(PhysBox::new()?) } else { None },
                 kick: KickPoint::new(),
                 stats: VcpuStats::new(),
                 ring: match vm.peers.ring_entries() {
@@ -415,6 +420,9 @@ impl<V: Vendor> Vcpu<V> {
         hw.set_tsc(tsc.relation());
         if let Some(page) = vm.memory.apic_page() {
             hw.set_apic_page(page);
+        }
+        if let Some(posted) = &peer.posted {
+            hw.set_posted(posted.address());
         }
         peer.kick.post_quietly(request::EOI_LISTENERS);
         let cpuid = KBox::new(CpuidTable::new(KVVec::new()).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
@@ -500,6 +508,9 @@ impl<V: Vendor> State<V> {
             return;
         };
         let signals = peer.inbox.drain(lapic);
+        if let Some(posted) = peer.posted.as_ref().filter(|posted| posted.is_outstanding()) {
+            peer.inbox.drain_posted(posted, lapic);
+        }
         if signals.timer {
             self.host_timer_fired();
         }
@@ -582,6 +593,30 @@ impl<V: Vendor> State<V> {
 }
 
 impl Peer {
+    /// Gives it an interrupt message. Whether it had none like it pending.
+    fn post(&self, message: &Message) -> bool {
+        if let (Some(posted), true) =
+            (&self.posted, message.is_edge_vector() && self.inbox.takes_posted(message.vector))
+        {
+            let Some(tell) = posted.post(message.vector) else { return false };
+            if tell {
+                self.kick.notify();
+            }
+            return true;
+        }
+        let new = self.inbox.post(message) == Posted::New;
+        if new {
+            self.kick.kick();
+        }
+        new
+    }
+
+    /// Whether there is something for [`State::drain_inbox`]. `cpu_takes`: there may be posted interrupts.
+    #[inline]
+    pub(crate) fn has_mail(&self, cpu_takes: bool) -> bool {
+        !self.inbox.is_empty() || cpu_takes && self.posted.as_ref().is_some_and(|posted| posted.is_outstanding())
+    }
+
     /// Remembers which thread is in KVM_RUN, until the value it returns is dropped.
     pub(crate) fn run_here(&self) -> Running<'_> {
         self.runner.store(task::identity(), Ordering::Relaxed);

@@ -55,6 +55,11 @@ pub(crate) trait Vendor: Hardware + Sized {
         0
     }
 
+    /// Whether its CPUs take a guest's interrupts by themselves while they run it.
+    fn takes_posted(&self) -> bool {
+        false
+    }
+
     /// Whether its CPUs know a page of host memory as the local APIC's window.
     fn has_apic_page(&self) -> bool {
         false
@@ -129,8 +134,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn want_nmi_window(&mut self, wanted: bool);
     /// Puts the guest into an NMI handler, or takes it out, without the events that lead there.
     fn set_nmi_masked(&mut self, masked: bool);
-    /// Asks for [`Exit::ControlRegister`] when the guest writes CR8.
-    fn want_cr8_writes(&mut self, wanted: bool);
+    /// Asks for [`Exit::ControlRegister`] when the guest writes CR8, or for [`Exit::PriorityLowered`] when it has become less than this.
+    fn want_cr8_writes(&mut self, below: Option<u8>);
     /// Asks for [`Exit::Exception`] when the guest runs into INT3, before it does anything.
     fn want_breakpoints(&mut self, wanted: bool);
     /// Whether RFLAGS.TF is set by userspace, which wants each instruction's trap even after STI.
@@ -156,6 +161,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
 
     /// Where the page is that a CPU with [`Vendor::has_apic_page`] takes for the local APIC's window.
     fn set_apic_page(&mut self, _page: Hpa) {}
+    /// Where a [`PostedInterrupts`](crate::irqchip::lapic::PostedInterrupts) is for a CPU with [`Vendor::takes_posted`].
+    fn set_posted(&mut self, _descriptor: Hpa) {}
     /// Whether the CPU delivers the interrupts of this APIC from now on. `None`: software does, in any case. Software has the interrupts now.
     fn choose_delivery(&mut self, _apic: Option<&Lapic>) -> bool {
         false

@@ -71,6 +71,8 @@ pub enum Exit {
     ControlRegister(RegisterMove),
     DebugRegister(RegisterMove),
     NestedFault(NestedFault),
+    /// The guest lowered CR8, and somebody waits for that; the instruction is over.
+    PriorityLowered,
     /// Hardware's log of written pages was full; it has been emptied.
     WriteLogFull,
     /// The guest's time is up: there is a deadline.
@@ -117,7 +119,7 @@ impl Exit {
             Self::DebugRegister(_) => 12,
             Self::NestedFault(_) => 13,
             Self::Shutdown => 14,
-            Self::ApicWrite { .. } | Self::EndOfInterrupt { .. } => 16,
+            Self::PriorityLowered | Self::ApicWrite { .. } | Self::EndOfInterrupt { .. } => 16,
             _ => 15,
         }
     }

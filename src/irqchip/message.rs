@@ -101,6 +101,12 @@ pub struct Message {
 }
 
 impl Message {
+    /// Whether it is a vector for the IRR, and edge-triggered.
+    #[inline]
+    pub const fn is_edge_vector(&self) -> bool {
+        self.delivery.is_vectored() && matches!(self.trigger, Trigger::Edge)
+    }
+
     /// A level de-assert: nothing happens at any target. SDM "Interrupt Command Register": only the obsolete INIT
     /// level de-assert used it.
     pub const fn is_deassert(&self) -> bool {

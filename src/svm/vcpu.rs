@@ -507,9 +507,9 @@ impl VendorVcpu for SvmVcpu {
         self.want_nmi_window(masked);
     }
 
-    fn want_cr8_writes(&mut self, wanted: bool) {
+    fn want_cr8_writes(&mut self, below: Option<u8>) {
         let control = &mut self.vmcb.control;
-        let wanted = wanted || control.int_ctl & int_ctl::V_IRQ != 0;
+        let wanted = below.is_some() || control.int_ctl & int_ctl::V_IRQ != 0;
         control.intercept_cr = control.intercept_cr & !CR8_WRITE | if wanted { CR8_WRITE } else { 0 };
     }
 

@@ -17,7 +17,7 @@ use crate::{
         vmcs::{
             control::secondary,
             exit::{ApicAccess, ApicAccessKind},
-            Control64, Guest16,
+            Control16, Control32, Control64, Guest16,
         },
         Gpa, Hpa,
     },
@@ -46,7 +46,11 @@ pub(super) struct Apic {
     pub(super) page: PhysBox<VirtualApic>,
     /// The APIC-access page.
     window: Option<Hpa>,
+    /// The posted-interrupt descriptor.
+    posted: Option<Hpa>,
     controls: ApicControls,
+    /// Where software delivers: the guest exits when its priority class falls below this.
+    threshold: u8,
     /// Vectors whose EOI somebody hears.
     heard: Bits256,
     /// The EOI-exit bitmap, as the VMCS has it.
@@ -61,7 +65,9 @@ impl Apic {
         Ok(Self {
             page: PhysBox::new()?,
             window: None,
+            posted: None,
             controls: ApicControls::default(),
+            threshold: 0,
             heard: Bits256::EMPTY,
             eoi_exits: [0; 4],
             returned: None,
@@ -70,6 +76,10 @@ impl Apic {
 
     pub(super) fn set_window(&mut self, page: Hpa) {
         self.window = Some(page);
+    }
+
+    pub(super) fn set_posted(&mut self, descriptor: Hpa) {
+        self.posted = Some(descriptor);
     }
 
     pub(super) fn set_listeners(&mut self, vectors: &Bits256) {
@@ -81,6 +91,11 @@ impl Apic {
     pub(super) fn set_cr8(&mut self, cr8: u8) {
         self.page.set_cr8(cr8);
         self.returned = None;
+    }
+
+    /// Whether the threshold changed. It is never above the priority class that the guest has.
+    pub(super) fn set_threshold(&mut self, class: u8) -> bool {
+        core::mem::replace(&mut self.threshold, class) != class
     }
 
     /// Whether the guest accesses the page as its local APIC.
@@ -100,6 +115,11 @@ impl Apic {
         self.controls.secondary
     }
 
+    /// Those of the pin-based controls.
+    pub(super) fn pin(&self) -> u32 {
+        self.controls.pin
+    }
+
     /// Chooses the controls for an APIC in its present mode. Whether they changed.
     pub(super) fn choose(&mut self, features: &Features, lapic: Option<&Lapic>) -> bool {
         let mode = match lapic.map(|lapic| (lapic.mode(), lapic.base_gpa())) {
@@ -107,7 +127,7 @@ impl Apic {
             Some((mode, _)) => mode,
             None => Mode::Disabled,
         };
-        let controls = ApicControls::new(features, mode, false);
+        let controls = ApicControls::new(features, mode, self.posted.is_some());
         let changed = controls != self.controls;
         if changed {
             self.controls = controls;
@@ -121,8 +141,13 @@ impl Apic {
         let x2apic = self.controls.secondary & secondary::VIRTUALIZE_X2APIC_MODE != 0;
         let bitmap = if x2apic { &host.x2apic_msr_bitmap } else { &host.msr_bitmap };
         vmcs.write(Control64::MsrBitmaps, insn::address(bitmap));
+        vmcs.write(Control32::TprThreshold, self.threshold.into());
         if let (true, Some(Hpa(window))) = (self.has_window(), self.window) {
             vmcs.write(Control64::ApicAccessAddress, window);
+        }
+        if let (true, Some(Hpa(descriptor)), Some(vector)) = (self.pin() != 0, self.posted, host.notification_vector) {
+            vmcs.write(Control64::PostedInterruptDescriptor, descriptor);
+            vmcs.write(Control16::PostedInterruptNotificationVector, vector.into());
         }
         if self.delivers() {
             for (field, word) in EOI_EXIT_BITMAP.into_iter().zip(self.eoi_exits) {

@@ -22,7 +22,7 @@ use crate::{
         percpu::PerCpu,
         phys::{Bytes, PhysBox},
         virt::Hardware,
-        vmx::{host_state, CacheFlush, HostState},
+        vmx::{host_state, notification_vector, CacheFlush, HostState},
     },
     policy::vmx::{
         apicv::x2apic_access,
@@ -55,6 +55,8 @@ pub(crate) struct Vmx {
     pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
     /// For guests whose APIC is in x2APIC mode, and that the CPU delivers interrupts to.
     pub(super) x2apic_msr_bitmap: PhysBox<Bytes<4096>>,
+    /// What tells a CPU of posted interrupts; exits acknowledge the host's interrupts then.
+    pub(super) notification_vector: Option<u8>,
     cache_flush: CacheFlush,
     vpids: Vpids,
 }
@@ -89,6 +91,10 @@ impl Vmx {
             config.controls.entry |= entry::LOAD_PERF_GLOBAL_CTRL;
             config.controls.exit |= exit::LOAD_PERF_GLOBAL_CTRL;
         }
+        let notification_vector = notification_vector().filter(|_| config.features.posted_interrupts);
+        if notification_vector.is_some() {
+            config.controls.exit |= exit::ACKNOWLEDGE_INTERRUPT;
+        }
         let cache_flush = CacheFlush::new(&features)?;
         let per_cpu = PerCpu::new(|| {
             Ok(PerCpuState {
@@ -121,6 +127,7 @@ impl Vmx {
                 perf_global_ctrl,
                 msr_bitmap,
                 x2apic_msr_bitmap,
+                notification_vector,
                 cache_flush,
                 vpids,
             },

@@ -4,12 +4,16 @@
  * not on the hot path. SDM "VM Entries", "VM Exits", and "VMX Instruction Reference" for how each tells its failure.
  */
 #include <linux/objtool.h>
+#include <asm/irq_vectors.h>
 #include <asm/unwind_hints.h>
 
 #include "../enter.h"
 
 /* VMCS field: host RSP. */
 #define HOST_RSP	0x6C14
+
+/* log2 of the bytes that the code for one interrupt gate has. */
+#define GATE_SHIFT	4
 
 /* What the functions here return. */
 #define DONE		0
@@ -182,3 +186,34 @@ VMX_FUNCTION krab_vmptrst, vmptrst (%rdi)
 /* u32 krab_invept(u64 type, const u64 descriptor[2]) */
 VMX_FUNCTION krab_invept, invept (%rsi), %rdi
 VMX_FUNCTION krab_invvpid, invvpid (%rsi), %rdi
+
+	.text
+
+/*
+ * void krab_vmx_gate(u32 vector): goes through the interrupt gate of a vector from 32 to 255, which only an instruction with the vector in it
+ * can do.
+ */
+SYM_FUNC_START(krab_vmx_gate)
+	movzbl	%dil, %edi
+	sub	$FIRST_EXTERNAL_VECTOR, %edi
+	jb	.Lno_gate
+	shl	$GATE_SHIFT, %edi
+	lea	krab_vmx_gates(%rip), %rax
+	add	%rdi, %rax
+	JMP_NOSPEC rax
+.Lno_gate:
+	RET
+SYM_FUNC_END(krab_vmx_gate)
+
+	.balign 1 << GATE_SHIFT
+SYM_CODE_START_LOCAL(krab_vmx_gates)
+	vector = FIRST_EXTERNAL_VECTOR
+	.rept 256 - FIRST_EXTERNAL_VECTOR
+	UNWIND_HINT_FUNC
+2:	ENDBR
+	.byte	0xcd, vector		/* int $vector */
+	RET
+	.fill	2b + (1 << GATE_SHIFT) - ., 1, 0xcc
+	vector = vector + 1
+	.endr
+SYM_CODE_END(krab_vmx_gates)

@@ -17,9 +17,10 @@ use crate::{
         segment::SegmentName,
         vmcs::{
             control::{eptp, interruptibility, primary, secondary, NO_LINK},
+            event::{InterruptionInfo, Kind},
             exit::reason,
             Control16, Control32, Control64, ControlNatural, Guest64, GuestNatural, Host16, Host32, Host64,
-            HostNatural,
+            HostNatural, ReadOnly32,
         },
     },
     glue::{
@@ -43,7 +44,7 @@ pub(super) mod own {
     pub(in crate::vmx) const CONSTANT: u8 = 1 << 0;
     /// Nested root, TSC offset, and the masks of CR0 and CR4.
     pub(in crate::vmx) const CONTROL: u8 = 1 << 1;
-    /// Secondary controls, and the fields of those that come and go.
+    /// Pin-based and secondary controls, and the fields of those that come and go.
     pub(in crate::vmx) const SECONDARY: u8 = 1 << 2;
 }
 
@@ -63,7 +64,6 @@ impl VmxVcpu {
 
     fn write_constants(&self, vmcs: CurrentVmcs<'_>) {
         let controls = &self.machine.host.config.controls;
-        vmcs.write(Control32::Pin, self.pin_controls());
         vmcs.write(Control32::Exit, controls.exit);
         vmcs.write(Control32::ExceptionBitmap, EXCEPTIONS);
         for zero in [
@@ -76,7 +76,6 @@ impl VmxVcpu {
             Control32::EntryInterruptionInfo,
             Control32::EntryErrorCode,
             Control32::EntryInstructionLength,
-            Control32::TprThreshold,
         ] {
             vmcs.write(zero, 0);
         }
@@ -120,6 +119,7 @@ impl VmxVcpu {
             self.write_constants(vmcs);
         }
         if dirty & own::SECONDARY != 0 {
+            vmcs.write(Control32::Pin, self.pin_controls());
             vmcs.write(Control32::Secondary, self.secondary());
             self.write_pml(vmcs);
             self.apic.write(&self.machine.host, vmcs);
@@ -169,6 +169,7 @@ impl VmxVcpu {
                 }
                 self.entry_failed(irqs, reason.0.into())
             }
+            VmExit::TprBelowThreshold => Exit::PriorityLowered,
             VmExit::PmlFull => Exit::WriteLogFull,
             VmExit::PreemptionTimer => Exit::Deadline,
             VmExit::Apic(access) => apic::access(access),
@@ -310,9 +311,17 @@ impl VmxVcpu {
             self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
         }
         let exit = self.neutral(decoded.exit, irqs);
+        if exit == Exit::HostInterrupt && self.machine.host.notification_vector.is_some() {
+            let info = InterruptionInfo(self.machine.vmcs.peek(ReadOnly32::InterruptionInfo));
+            self.acknowledged = (info.valid() && info.kind() == Kind::ExternalInterrupt).then(|| info.vector());
+        }
         self.wanted = match exit {
             Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
-            Exit::WriteLogFull | Exit::Deadline | Exit::ApicWrite { .. } | Exit::EndOfInterrupt { .. } => 0,
+            Exit::WriteLogFull
+            | Exit::Deadline
+            | Exit::PriorityLowered
+            | Exit::ApicWrite { .. }
+            | Exit::EndOfInterrupt { .. } => 0,
             Exit::Port(access) if !access.string => group::INTERRUPTIBILITY,
             Exit::Hlt | Exit::Cpuid | Exit::Rdmsr | Exit::Wrmsr => group::INTERRUPTIBILITY,
             Exit::NestedFault(_) if self.state.efer & efer::LMA != 0 => group::LONG_CODE,

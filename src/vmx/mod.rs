@@ -4,7 +4,7 @@
 //! VMX operation is entered and left inside one stretch of interrupts off (see [`insn`]); between two of them a vCPU's state is in its
 //! VMCS in memory, which the CPU alone can read, and in the copies that [`state`] keeps.
 //!
-//! Not supported: CPUs without EPT or unrestricted guest, nested virtualization, posted interrupts, IPI virtualization, SMM,
+//! Not supported: CPUs without EPT or unrestricted guest, nested virtualization, IPI virtualization, SMM,
 //! SGX.
 // Not `forbid`, which `insn` could not lift.
 #![deny(unsafe_code)]

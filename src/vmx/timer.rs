@@ -65,9 +65,9 @@ impl RunTimer {
 }
 
 impl VmxVcpu {
-    /// What a VMCS gets once.
+    /// Pin-based controls, with what comes and goes.
     pub(super) fn pin_controls(&self) -> u32 {
-        self.machine.host.config.controls.pin | self.run_timer.pin_control()
+        self.machine.host.config.controls.pin | self.run_timer.pin_control() | self.apic.pin()
     }
 
     /// Secondary controls that the TSC needs.

@@ -27,7 +27,7 @@ use crate::{
         cpu::{IrqsOff, VcpuId},
         fpu::Window,
         phys::PhysBox,
-        vmx::{load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
+        vmx::{deliver_host_interrupt, load_kernel_gs_base, DebugControl, SyscallMsrs, TaskState},
     },
     guest::{
         event::{vector, Event},
@@ -87,6 +87,8 @@ pub(crate) struct VmxVcpu {
     pub(super) wanted: u32,
 
     pub(super) flush: u8,
+    /// The host's interrupt that the last exit acknowledged, and that the host does not know of yet.
+    pub(super) acknowledged: Option<u8>,
     /// Where the vCPU ran last; a number that no CPU has before.
     pub(super) last_cpu: usize,
     pub(super) host_fields: HostFields,
@@ -132,6 +134,7 @@ impl Vendor for Vmx {
             next_rip: None,
             wanted: 0,
             flush: flush::NESTED,
+            acknowledged: None,
             last_cpu: usize::MAX,
             host_fields: HostFields::UNWRITTEN,
             host_debugctl: DebugControl::default(),
@@ -177,6 +180,10 @@ impl Vendor for Vmx {
         } else {
             0
         }
+    }
+
+    fn takes_posted(&self) -> bool {
+        self.notification_vector.is_some()
     }
 
     fn has_apic_page(&self) -> bool {
@@ -475,8 +482,11 @@ impl VendorVcpu for VmxVcpu {
         set_bit(&mut self.primary, primary::NMI_WINDOW_EXITING, wanted);
     }
 
-    fn want_cr8_writes(&mut self, wanted: bool) {
-        set_bit(&mut self.primary, primary::CR8_LOAD_EXITING, wanted);
+    fn want_cr8_writes(&mut self, below: Option<u8>) {
+        // Without the shadow every write exits.
+        if self.machine.host.config.features.tpr_shadow && self.apic.set_threshold(below.unwrap_or(0)) {
+            self.dirty |= own::SECONDARY;
+        }
     }
 
     fn want_breakpoints(&mut self, wanted: bool) {
@@ -523,6 +533,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn set_apic_page(&mut self, page: Hpa) {
         self.apic.set_window(page);
+    }
+
+    fn set_posted(&mut self, descriptor: Hpa) {
+        self.apic.set_posted(descriptor);
     }
 
     fn choose_delivery(&mut self, apic: Option<&Lapic>) -> bool {
@@ -617,6 +631,9 @@ impl VendorVcpu for VmxVcpu {
         }
         self.machine.unload(irqs);
         self.host_debugctl.restore(irqs);
+        if let Some(vector) = self.acknowledged.take() {
+            deliver_host_interrupt(vector, irqs);
+        }
     }
 
     #[inline]

@@ -13,8 +13,8 @@ use krabtest::sys::*;
 use krabtest::vm::{Exit, Vcpu};
 use krabtest::{assert_ok, payload, skip, tests};
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 
 tests! { "apicv";
     xapic_without_exits;
@@ -40,28 +40,42 @@ fn without_exits() -> bool {
     options().bed.contains("intel") && options().apicv
 }
 
-/// The vCPU's exits so far, by KVM_GET_STATS_FD.
-fn exits(cpu: &Vcpu) -> u64 {
-    let fd = assert_ok!(cpu.ioctl(KVM_GET_STATS_FD, 0));
-    // SAFETY: the descriptor is new, and this function's.
-    let mut file = unsafe { File::from_raw_fd(fd) };
-    let mut bytes = vec![0u8; 16384];
-    let len = file.read(&mut bytes).expect("statistics");
-    assert!(len > 24, "statistics: {len}");
-    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
-    let (name_size, count, descriptors, data) = (word(4), word(8), word(16), word(20));
-    let found =
-        (0..count).map(|n| descriptors + n * (16 + name_size)).find(|at| bytes[at + 16..].starts_with(b"exits\0"));
-    let at = data + word(found.expect("a statistic \"exits\"") + 8);
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+/// The vCPU's statistic "exits", by KVM_GET_STATS_FD.
+struct Exits {
+    file: File,
+    at: u64,
+}
+
+impl Exits {
+    fn of(cpu: &Vcpu) -> Exits {
+        let fd = assert_ok!(cpu.ioctl(KVM_GET_STATS_FD, 0));
+        // SAFETY: the descriptor is new, and nobody else's.
+        let file = unsafe { File::from_raw_fd(fd) };
+        let mut bytes = vec![0u8; 16384];
+        let len = file.read_at(&mut bytes, 0).expect("statistics");
+        assert!(len > 24, "statistics: {len}");
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+        let (name_size, count, descriptors, data) = (word(4), word(8), word(16), word(20));
+        let mut all = (0..count).map(|n| descriptors + n * (16 + name_size));
+        let found = all.find(|at| bytes[at + 16..].starts_with(b"exits\0")).expect("a statistic \"exits\"");
+        Exits { file, at: (data + word(found + 8)) as u64 }
+    }
+
+    /// So far.
+    fn count(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, self.at).expect("statistics");
+        u64::from_le_bytes(bytes)
+    }
 }
 
 /// Runs from one event to the next, and tells how many exits that took.
 #[track_caller]
 fn exits_to_done(g: &Guest) -> u64 {
-    let before = exits(&g.cpu);
+    let exits = Exits::of(&g.cpu);
+    let before = exits.count();
     g.expect_done();
-    exits(&g.cpu) - before
+    exits.count() - before
 }
 
 /// 100 rounds of something were `count` exits, where it took at least one each without the CPU's help. Host interrupts are exits, too.
@@ -417,6 +431,7 @@ payload! { apicv_spin, 64,
 fn running_guest_gets_all() {
     let g = Guest::long_irqchip(apicv_spin());
     g.set_eoi(Eoi::Xapic);
+    let exits = Exits::of(&g.cpu);
     beside(&g.cpu, || {
         assert!(g.ram.wait_u64(DATA, 1, 10_000), "the guest runs");
         for n in 1..=20u64 {
@@ -427,6 +442,17 @@ fn running_guest_gets_all() {
                 assert!(g.ram.wait_u64(COUNTS + 8 * vector, n, 10_000), "vector {vector:#x}, round {n}");
             }
         }
+        let before = exits.count();
+        for n in 1..=200u64 {
+            assert_eq!(assert_ok!(g.vm.signal_msi(APIC, 0x44)), 1);
+            while g.count(0x44) < n {
+                std::hint::spin_loop();
+            }
+        }
+        let count = exits.count() - before;
+        println!("# 200 interrupts while the guest runs: {count} exits");
+        let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < 2);
+        assert!(!without_exits() || alone || count < 150, "{count} exits");
     });
 }
 

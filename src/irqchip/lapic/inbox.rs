@@ -11,7 +11,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::Lapic;
+use super::{Lapic, PostedInterrupts};
 use crate::irqchip::message::{DeliveryMode, Message, Trigger};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -187,6 +187,19 @@ impl Inbox {
             pic: summary & PIC != 0,
             timer: summary & TIMER != 0,
             unhalt: summary & UNHALT != 0,
+        }
+    }
+
+    /// Whether an edge-triggered interrupt may be posted to the CPU itself: its vector is legal, and was not level-triggered here last.
+    #[inline]
+    pub fn takes_posted(&self, vector: u8) -> bool {
+        vector >= 16 && self.levels[(vector >> 6) as usize].load(Ordering::Relaxed) & 1 << (vector & 63) == 0
+    }
+
+    /// Moves what was posted to the CPU, and what it did not take, into `lapic`'s IRR. Only the owner calls it.
+    pub fn drain_posted(&self, posted: &PostedInterrupts, lapic: &mut Lapic) {
+        for (word, vectors) in posted.take().into_iter().enumerate() {
+            lapic.accept_word(word, vectors, self.levels[word & 3].load(Ordering::Relaxed));
         }
     }
 

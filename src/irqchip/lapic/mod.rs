@@ -16,6 +16,7 @@ mod base;
 mod delivery;
 mod inbox;
 mod lead;
+mod posted;
 pub mod regs;
 mod state;
 #[cfg(test)]
@@ -25,6 +26,7 @@ mod timer;
 pub use delivery::Delivery;
 pub use inbox::{Inbox, Posted, Signals};
 pub use lead::Lead;
+pub use posted::PostedInterrupts;
 pub use regs::Lvt;
 pub use state::{StateError, STATE_BYTES};
 pub use timer::{Deadline, BUS_CYCLE_NS};

@@ -80,12 +80,6 @@ pub fn eoi_exit_bitmap(listened: &Bits256, levels: &Bits256) -> [u64; 4] {
     [(a | e) & !0xFFFF, b | f, c | g, d | h]
 }
 
-/// TPR threshold when software delivers: the CPU exits as soon as the guest's task priority class is below it. 0: never.
-#[inline]
-pub fn tpr_threshold(lapic: &Lapic) -> u32 {
-    lapic.tpr_threshold().unwrap_or(0).into()
-}
-
 /// Which accesses to an x2APIC register the CPU does without an exit while it delivers interrupts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct X2apicAccess {
@@ -197,17 +191,6 @@ mod tests {
         );
         let _ = lapic.eoi();
         assert_eq!(eoi_exit_bitmap(&Bits256::EMPTY, &lapic.level_vectors()), [0; 4]);
-    }
-
-    #[test]
-    fn threshold() {
-        let mut lapic = lapic();
-        lapic.accept(0x52, false);
-        assert_eq!(tpr_threshold(&lapic), 0, "it can go in now");
-        lapic.set_cr8(5);
-        assert_eq!(tpr_threshold(&lapic), 5);
-        lapic.set_cr8(4);
-        assert_eq!(tpr_threshold(&lapic), 0);
     }
 
     #[test]

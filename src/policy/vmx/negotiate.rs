@@ -186,6 +186,8 @@ impl fmt::Display for Refusal {
 pub struct Options {
     /// Interrupt delivery by hardware.
     pub apicv: bool,
+    /// Interrupts that hardware takes while it runs the guest.
+    pub posted: bool,
     /// Page-modification logging.
     pub pml: bool,
     /// The preemption timer, if it does not end runs by itself too often on a CPU with a TSC of so many kHz.
@@ -200,6 +202,7 @@ impl Options {
     /// Everything that the CPU has.
     pub const ALL: Self = Self {
         apicv: true,
+        posted: true,
         pml: true,
         preemption_timer: Some(100_000),
         accessed_dirty: true,
@@ -437,7 +440,8 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         apic_registers,
         virtual_interrupts,
         x2apic_mode: apicv && may_secondary(secondary::VIRTUALIZE_X2APIC_MODE),
-        posted_interrupts: virtual_interrupts
+        posted_interrupts: options.posted
+            && virtual_interrupts
             && msrs.may(Word::Pin, pin::POSTED_INTERRUPTS)
             && msrs.may(Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),
         pml: options.pml && options.accessed_dirty && may_secondary(secondary::PML) && ept(ept_vpid::ACCESSED_DIRTY),

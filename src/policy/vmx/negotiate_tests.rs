@@ -362,6 +362,7 @@ fn random_capabilities_are_refused_or_legal() {
         }
         let options = Options {
             apicv: next() & 1 != 0,
+            posted: next() & 1 != 0,
             pml: next() & 1 != 0,
             accessed_dirty: next() & 1 != 0,
             preemption_timer: (next() & 1 != 0).then_some(100_000),
