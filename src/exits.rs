@@ -225,7 +225,7 @@ impl<V: Vendor> State<V> {
         walk::Context {
             cr0: self.hw.cr0(),
             cr3: self.hw.cr3(),
-            cr4: self.hw.cr4_bits(cr4::OSXSAVE | cr4::PKE),
+            cr4: self.hw.cr4_bits(walk::CR4_BITS),
             efer: self.hw.efer(),
             rflags: self.regs.rflags,
             pkru,
@@ -420,7 +420,7 @@ impl<V: Vendor> State<V> {
     pub(crate) fn cpuid_dynamic(&self, vm: &Vm<V>, xcr0: u64) -> Dynamic {
         let follows = !vm.enabled.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT);
         Dynamic {
-            cr4: self.hw.cr4(),
+            cr4: self.hw.cr4_bits(cr4::OSXSAVE | cr4::PKE),
             apic_enabled: self.apic_base() & 1 << 11 != 0,
             xcr0,
             xss: 0,
