@@ -347,6 +347,11 @@ fn refused_states_change_nothing() {
         change(&mut s);
         match g.cpu.set(KVM_SET_SREGS, &s) {
             Err(EINVAL) => {}
+            // KVM leaves that to the CPU, which ignores one bit or refuses the entry.
+            Ok(_) if on_kvm() && s.cs.db == 1 && s.cs.l == 1 => {
+                g.cpu.set_sregs(&good);
+                continue;
+            }
             other => panic!("{what}: {other:?}"),
         }
         assert_eq!(g.cpu.sregs(), good, "{what}");

@@ -98,7 +98,8 @@ fn frequency_of_a_vm() {
     assert_eq!(i64::from(assert_ok!(g.vm.ioctl(KVM_GET_TSC_KHZ, 0))), host * 2);
     // It began at 0 with the vCPU.
     let first = guest_tsc(&g);
-    assert!(first < host as u64 * 2 * 5000, "{first}");
+    // KVM's does so only where the CPU scales.
+    assert!(first < host as u64 * 2 * 5000 || on_kvm() && !scales, "{first}");
     if scales {
         assert!((1900..2100).contains(&rate(&g, 20)));
     }
