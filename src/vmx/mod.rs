@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Intel VMX with extended page tables and unrestricted guest. SDM "Introduction to Virtual Machine Extensions" and what follows.
+//! Intel VMX with extended page tables. SDM "Introduction to Virtual Machine Extensions" and what follows.
 //!
 //! VMX operation is entered and left inside one stretch of interrupts off (see [`insn`]); between two of them a vCPU's state is in its
 //! VMCS in memory, which the CPU alone can read, and in the copies that [`state`] keeps.
 //!
-//! Not supported: CPUs without EPT or unrestricted guest, nested virtualization, IPI virtualization, SMM,
-//! SGX.
+//! Where the CPU has no unrestricted guest, real mode and unpaged mode are the emulator's (`src/software.rs`).
+//!
+//! Not supported: CPUs without EPT, task switches, nested virtualization, IPI virtualization, SMM, SGX.
 // Not `forbid`, which `insn` could not lift.
 #![deny(unsafe_code)]
 
