@@ -43,6 +43,41 @@ macro_rules! payload {
     };
 }
 
+/// A piece of a payload: the first 8259A has its vectors from 0x30, and all but the PIT's line masked.
+#[macro_export]
+macro_rules! pic_with_timer {
+    () => {
+        "mov al, 0x11
+        out 0x20, al
+        mov al, 0x30
+        out 0x21, al
+        mov al, 4
+        out 0x21, al
+        mov al, 1
+        out 0x21, al
+        mov al, 0xfe
+        out 0x21, al"
+    };
+}
+
+/// A piece of a payload: pin 10 of the I/O APIC is level-triggered, vector 0x48, destination 0; the 8259As, which have the same lines, are
+/// masked. Afterwards RBX has the local APIC, which is on, and RDI the I/O APIC, where the pin's lower half is selected.
+#[macro_export]
+macro_rules! ioapic_pin_10_level {
+    () => {
+        "mov al, 0xff
+        out 0x21, al
+        out 0xa1, al
+        mov rbx, 0xfee00000
+        mov dword ptr [rbx + 0xf0], 0x1ff
+        mov rdi, 0xfec00000
+        mov dword ptr [rdi], 0x25
+        mov dword ptr [rdi + 0x10], 0
+        mov dword ptr [rdi], 0x24
+        mov dword ptr [rdi + 0x10], 0x8048"
+    };
+}
+
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
 pub const TSS: u64 = 0x3000;

@@ -316,8 +316,11 @@ impl VmxVcpu {
             self.acknowledged = (info.valid() && info.kind() == Kind::ExternalInterrupt).then(|| info.vector());
         }
         self.wanted = match exit {
-            Exit::HostInterrupt | Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => 0,
-            Exit::WriteLogFull
+            Exit::HostInterrupt
+            | Exit::HostNmi
+            | Exit::InterruptWindow
+            | Exit::NmiWindow
+            | Exit::WriteLogFull
             | Exit::Deadline
             | Exit::PriorityLowered
             | Exit::ApicWrite { .. }

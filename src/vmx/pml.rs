@@ -6,7 +6,11 @@
 //! the vCPU is outside of guest mode.
 #![forbid(unsafe_code)]
 
-use super::{entry::own, vcpu::VmxVcpu};
+use super::{
+    entry::own,
+    insn::{self, CurrentVmcs},
+    vcpu::VmxVcpu,
+};
 use crate::{
     arch::{
         vmcs::{control::secondary, Control64, Guest16},
@@ -41,9 +45,9 @@ impl VmxVcpu {
     }
 
     /// Writes the log's address and where it begins.
-    pub(super) fn write_pml(&self, vmcs: super::insn::CurrentVmcs<'_>) {
+    pub(super) fn write_pml(&self, vmcs: CurrentVmcs<'_>) {
         if let (true, Some(log)) = (self.logs_writes, &self.write_log) {
-            vmcs.write(Control64::PmlAddress, super::insn::address(log));
+            vmcs.write(Control64::PmlAddress, insn::address(log));
             vmcs.write(Guest16::PmlIndex, EMPTY);
         }
     }

@@ -11,7 +11,7 @@ use krabtest::kvm::*;
 use krabtest::routing::Routing;
 use krabtest::sys::*;
 use krabtest::vm::{Exit, Vcpu};
-use krabtest::{assert_ok, payload, skip, tests};
+use krabtest::{assert_ok, ioapic_pin_10_level, payload, skip, tests};
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
@@ -548,16 +548,7 @@ fn level_triggered_x2apic() {
 }
 
 payload! { apicv_reroute, 64,
-    "mov al, 0xff",
-    "out 0x21, al",
-    "out 0xa1, al",
-    "mov rbx, 0xfee00000",
-    "mov dword ptr [rbx + 0xf0], 0x1ff",
-    "mov rdi, 0xfec00000",
-    "mov dword ptr [rdi], 0x25",
-    "mov dword ptr [rdi + 0x10], 0",
-    "mov dword ptr [rdi], 0x24",
-    "mov dword ptr [rdi + 0x10], 0x8048",       // pin 10: level
+    ioapic_pin_10_level!(),
     "sti",
     "out 0xed, al",
     "nop",

@@ -23,6 +23,22 @@ tests! { "eventfds";
 const PIC_VECTOR: u8 = 0x28;
 const MSI_VECTOR: u8 = 0x71;
 
+/// Reports the rounds until the message is there. Nothing in them exits, nor do the handlers.
+macro_rules! count_rounds {
+    () => {
+        "mov rdi, [rsi]
+        xor ebx, ebx
+        sti
+        3: inc ebx
+        cmp rdi, [rsi]
+        je 3b
+        cli
+        mov dword ptr [r8 + 0xb0], 0
+        mov eax, ebx
+        out 0xef, eax"
+    };
+}
+
 /// Local APIC on, LINT0 for the 8259A; 8259A with vectors 0x20 and 0x28, cascade, automatic end, IRQ 5 by level, all open.
 macro_rules! begin {
     () => {
@@ -56,17 +72,7 @@ macro_rules! begin {
 payload! { ev_count, 64,
     begin!(),
     "2: out 0xed, al",
-    "mov rdi, [rsi]",
-    "xor ebx, ebx",
-    "sti",
-    // Rounds until the message is there. Nothing here exits, nor do the handlers.
-    "3: inc ebx",
-    "cmp rdi, [rsi]",
-    "je 3b",
-    "cli",
-    "mov dword ptr [r8 + 0xb0], 0",
-    "mov eax, ebx",
-    "out 0xef, eax",
+    count_rounds!(),
     "jmp 2b",
 }
 
@@ -96,16 +102,7 @@ payload! { ev_taken_back, 64,
     begin!(),
     "2: out 0xed, al",
     "out 0xed, al",
-    "mov rdi, [rsi]",
-    "xor ebx, ebx",
-    "sti",
-    "3: inc ebx",
-    "cmp rdi, [rsi]",
-    "je 3b",
-    "cli",
-    "mov dword ptr [r8 + 0xb0], 0",
-    "mov eax, ebx",
-    "out 0xef, eax",
+    count_rounds!(),
     "jmp 2b",
 }
 

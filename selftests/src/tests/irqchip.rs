@@ -8,7 +8,7 @@ use krabtest::kvm::*;
 use krabtest::routing::Routing;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Vm};
-use krabtest::{assert_err, assert_ok, payload, tests};
+use krabtest::{assert_err, assert_ok, ioapic_pin_10_level, payload, pic_with_timer, tests};
 
 use super::lapic::{beside, ic_halt};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -238,17 +238,7 @@ fn irqfd_errors() {
 }
 
 payload! { ic_ioapic_level, 64,
-    "mov al, 0xff",                 // the PIC has the same lines
-    "out 0x21, al",
-    "out 0xa1, al",
-    "mov rbx, 0xfee00000",
-    "mov dword ptr [rbx + 0xf0], 0x1ff",
-    "mov rdi, 0xfec00000",
-    // Pin 10: level, vector 0x48, destination 0
-    "mov dword ptr [rdi], 0x24",
-    "mov dword ptr [rdi + 0x10], 0x8048",
-    "mov dword ptr [rdi], 0x25",
-    "mov dword ptr [rdi + 0x10], 0",
+    ioapic_pin_10_level!(),
     // Pin 11: edge, vector 0x49
     "mov dword ptr [rdi], 0x26",
     "mov dword ptr [rdi + 0x10], 0x49",
@@ -489,17 +479,7 @@ fn pic_real_mode() {
 
 payload! { ic_pit, 64,
     "cli",
-    // PIC: vectors from 0x30, all masked but IRQ 0
-    "mov al, 0x11",
-    "out 0x20, al",
-    "mov al, 0x30",
-    "out 0x21, al",
-    "mov al, 4",
-    "out 0x21, al",
-    "mov al, 1",
-    "out 0x21, al",
-    "mov al, 0xfe",
-    "out 0x21, al",
+    pic_with_timer!(),
     "mov al, 0x34",         // channel 0, both bytes, mode 2
     "out 0x43, al",
     "mov al, 0x54",

@@ -7,7 +7,7 @@ use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Exit, Ram, Vm};
-use krabtest::{assert_err, assert_ok, payload, skip, tests};
+use krabtest::{assert_err, assert_ok, ioapic_pin_10_level, payload, skip, tests};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 tests! { "safety";
@@ -42,17 +42,7 @@ fn ioeventfds_are_limited() {
 }
 
 payload! { sf_level, 64,
-    "mov al, 0xff",
-    "out 0x21, al",
-    "out 0xa1, al",
-    "mov rbx, 0xfee00000",
-    "mov dword ptr [rbx + 0xf0], 0x1ff",
-    "mov rdi, 0xfec00000",
-    // Pin 10: level, vector 0x48, destination 0
-    "mov dword ptr [rdi], 0x24",
-    "mov dword ptr [rdi + 0x10], 0x8048",
-    "mov dword ptr [rdi], 0x25",
-    "mov dword ptr [rdi + 0x10], 0",
+    ioapic_pin_10_level!(),
     "sti",
     "2: nop",
     "out 0xed, al",

@@ -548,6 +548,7 @@ fn clock_read_while_it_is_set() {
     });
 }
 
+// Counts in memory and in XMM5, takes timer interrupts, and dies by #UD where the two differ.
 payload! { st_worker, 64,
     "mov ebx, 0xfee00000",
     "mov dword ptr [rbx + 0xf0], 0x1ff",

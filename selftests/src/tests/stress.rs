@@ -7,7 +7,7 @@ use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Device, Exit, Vcpu, Vm};
-use krabtest::{assert_err, assert_ok, payload, skip, tests};
+use krabtest::{assert_err, assert_ok, payload, pic_with_timer, skip, tests};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 tests! { "stress";
@@ -536,17 +536,7 @@ fn descriptor_limit() {
 }
 
 payload! { ss_pit, 64,
-    // 8259A: vectors from 0x30, all but the timer masked
-    "mov al, 0x11",
-    "out 0x20, al",
-    "mov al, 0x30",
-    "out 0x21, al",
-    "mov al, 4",
-    "out 0x21, al",
-    "mov al, 1",
-    "out 0x21, al",
-    "mov al, 0xfe",
-    "out 0x21, al",
+    pic_with_timer!(),
     // Channel 0, both bytes, mode 2: 300 ticks, about 250 us
     "mov al, 0x34",
     "out 0x43, al",

@@ -13,6 +13,7 @@ use krabtest::vm::{Cpuid, Device, Exit, Ram, Vcpu, Vm};
 use krabtest::{assert_err, assert_ok, payload, tests};
 
 use super::irqchip::APIC;
+use super::state::st_worker;
 
 tests! { "vmms";
     capabilities;
@@ -246,26 +247,6 @@ fn firecracker_boot() {
     assert_eq!(second.sregs().cr0 & 1, 0);
 }
 
-// Counts in memory and in XMM5, takes timer interrupts, and dies by #UD where the two differ.
-payload! { vmms_worker, 64,
-    "mov ebx, 0xfee00000",
-    "mov dword ptr [rbx + 0xf0], 0x1ff",
-    "mov dword ptr [rbx + 0x3e0], 0xb",
-    "mov dword ptr [rbx + 0x320], 0x20044",
-    "mov dword ptr [rbx + 0x380], 3000000",
-    "sti",
-    "pxor xmm5, xmm5",
-    "mov eax, 1",
-    "movd xmm6, eax",
-    "2: paddq xmm5, xmm6",
-    "movq rax, xmm5",
-    "mov [0x100000], rax",
-    "inc r12",
-    "cmp r12, rax",
-    "je 2b",
-    "ud2",
-}
-
 /// State of a vCPU that has KVM_GET_XSAVE2's size.
 #[repr(C)]
 #[derive(Clone)]
@@ -337,7 +318,7 @@ fn work(g: &Guest, progress: &mut u64) {
 
 /// Moves the worker four times; `setup` makes each VM, `chips` moves what belongs to it, `restore` the vCPU.
 fn moved(setup: impl Fn(&Vm), chips: impl Fn(&Vm, &Vm), restore: impl Fn(&Vcpu, &Saved)) {
-    let mut g = Guest::long_with(vmms_worker(), &setup);
+    let mut g = Guest::long_with(st_worker(), &setup);
     g.set_eoi(Eoi::Xapic);
     let mut progress = 0;
     for _ in 0..4 {
@@ -571,7 +552,7 @@ fn kvmtool_boot() {
 }
 
 fn tsc_frequency() {
-    let g = Guest::long(vmms_worker());
+    let g = Guest::long(st_worker());
     let get = || assert_ok!(g.cpu.ioctl(KVM_GET_TSC_KHZ, 0)) as usize;
     let host = get();
     let near = host + host / 10_000;
