@@ -242,16 +242,15 @@ impl<T: Invalidate> AddressSpace<T> {
         (got == 1).then(|| self.counted(page, hva, write))
     }
 
-    /// The present pages from `hva` on with the wanted right, at most [`HostPages::MAX`] and `count`, and not past the 2 MiB that
-    /// `hva` is in. Never sleeps.
-    pub fn present(&self, hva: Hva, count: usize, write: bool) -> HostPages {
-        let mut run = HostPages { frames: [None; HostPages::MAX], count: 0 };
+    /// Puts into `run` the pages from `hva` on that are there with the wanted right, up to the first that is not, at most
+    /// [`HostPages::MAX`] and `count`, and not past the 2 MiB that `hva` is in. Never sleeps.
+    pub fn present(&self, hva: Hva, count: usize, write: bool, run: &mut HostPages) {
+        run.count = 0;
         if self.is_current() {
             let frames = run.frames.get_mut(..count.min(HostPages::MAX)).unwrap_or_default();
             // SAFETY: it is the current address space.
             run.count = unsafe { host_walk::peek_run(self.mm.as_raw(), hva, write, frames) };
         }
-        run
     }
 
     /// A page that came with a reference, which is now the result's.
@@ -479,7 +478,13 @@ impl HostPages {
     /// Most pages in a run.
     pub const MAX: usize = 16;
 
-    /// The physical addresses in order; `None` where there is no page.
+    /// No page.
+    #[inline]
+    pub const fn none() -> Self {
+        Self { frames: [None; Self::MAX], count: 0 }
+    }
+
+    /// The physical addresses in order, all known.
     #[inline]
     pub fn addresses(&self) -> &[Option<Hpa>] {
         self.frames.get(..self.count).unwrap_or_default()

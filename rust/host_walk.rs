@@ -170,8 +170,8 @@ pub(super) unsafe fn level(mm: *const bindings::mm_struct, hva: Hva) -> Level {
     unsafe { leaf(mm, hva) }.map_or(Level::Page4K, |(_, _, level)| level)
 }
 
-/// Fills `frames` with what is mapped from `hva` on, up to the end of the 2 MiB that `hva` is in; returns how many frames lie before
-/// that end.
+/// Fills `frames` with what is mapped from `hva` on, up to the first page that is not there or the end of the 2 MiB that `hva` is in;
+/// returns how many that are.
 ///
 /// # Safety
 ///
@@ -186,19 +186,24 @@ pub(super) unsafe fn peek_run(
     let count = frames.len().min(ENTRIES - index);
     let _irqs = IrqsSaved::new();
     // SAFETY: the caller's promise, and interrupts are off.
-    let Some((slot, value, level)) = (unsafe { leaf(mm, hva) }) else { return count };
+    let Some((slot, value, level)) = (unsafe { leaf(mm, hva) }) else { return 0 };
     let rule = Rule::new(level, write);
     let frames = frames.iter_mut().take(count).enumerate();
     if level == Level::Page4K {
         for (at, out) in frames {
             // SAFETY: in the table of `slot`, which goes on for as long as the 2 MiB do; interrupts are still off.
-            *out = rule.frame(unsafe { ptr::read_volatile(slot.wrapping_add(at)) }).map(Hpa);
+            match rule.frame(unsafe { ptr::read_volatile(slot.wrapping_add(at)) }) {
+                Some(frame) => *out = Some(Hpa(frame)),
+                None => return at,
+            }
         }
     } else if let Some(frame) = rule.frame(value) {
         let first = frame | (hva.0 & (level.bytes() - 1) & !0xfff);
         for (at, out) in frames {
             *out = Some(Hpa(first.wrapping_add(at as u64 * 4096)));
         }
+    } else {
+        return 0;
     }
     count
 }

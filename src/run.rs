@@ -405,7 +405,13 @@ impl<V: Vendor> Vcpu<V> {
                         Handled::Resume if state.debug.has_stepped() => return Slow::Work,
                         Handled::Resume => {}
                         Handled::Blocked => return Slow::Work,
-                        Handled::Slow => return Slow::Exit(exit),
+                        Handled::Slow => {
+                            if matches!(exit, Exit::NestedFault(_)) {
+                                // Only the page is wanted.
+                                state.hw.leave_registers();
+                            }
+                            return Slow::Exit(exit);
+                        }
                         Handled::Device => match exit {
                             Exit::NestedFault(fault) => return Slow::Device(fault),
                             exit => return Slow::Exit(exit),

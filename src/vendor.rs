@@ -202,6 +202,9 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn end_window(&mut self);
     /// In each stretch of interrupts off, before the first `run`.
     fn load(&mut self, irqs: &IrqsOff);
+    /// Nobody is going to look at the guest's registers after this exit: they need not be at hand behind `unload`.
+    #[inline]
+    fn leave_registers(&mut self) {}
     /// At the end of each stretch of interrupts off in which `load` was called. Only now is RSP sure to be in `regs`.
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff);
     /// Runs the guest until its next exit. RSP need not be in `regs` after exits whose quick handlers have no use for it.
