@@ -229,6 +229,7 @@ impl<T: Invalidate> AddressSpace<T> {
                     writable,
                     level: seen.level,
                     memory: true,
+                    next: seen.next,
                 });
             }
             Err(Unseen::Absent) => return None,
@@ -257,7 +258,7 @@ impl<T: Invalidate> AddressSpace<T> {
     fn counted(&self, page: *mut bindings::page, hva: Hva, writable: bool) -> HostPage {
         // SAFETY: whoever looks up pages has checked that it is the current address space.
         let level = unsafe { host_walk::level(self.mm.as_raw(), hva) };
-        HostPage { page, hpa: page_to_hpa(page), writable, level, memory: true }
+        HostPage { page, hpa: page_to_hpa(page), writable, level, memory: true, next: true }
     }
 
     /// Memory without page descriptors, or whose descriptors nobody counts: devices.
@@ -287,6 +288,7 @@ impl<T: Invalidate> AddressSpace<T> {
                     writable: map.writable && want != Want::Read,
                     level,
                     memory: false,
+                    next: false,
                 };
                 // SAFETY: pairs with the start.
                 unsafe { bindings::follow_pfnmap_end(&mut map) };
@@ -419,6 +421,7 @@ pub struct HostPage {
     writable: bool,
     level: Level,
     memory: bool,
+    next: bool,
 }
 
 // SAFETY: a page reference may be dropped anywhere.
@@ -447,6 +450,12 @@ impl HostPage {
     #[inline]
     pub fn is_memory(&self) -> bool {
         self.memory
+    }
+
+    /// Whether the page behind it in the address space may be there as well.
+    #[inline]
+    pub fn has_next(&self) -> bool {
+        self.next
     }
 
     /// Lets go of a page that the guest now uses: it counts as accessed, and as dirty when it is mapped for `writing`.

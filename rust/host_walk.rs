@@ -28,6 +28,8 @@ pub(super) struct Seen {
     pub(super) writable: bool,
     /// The size of the page.
     pub(super) level: Level,
+    /// The 4 KiB behind it may be there as well.
+    pub(super) next: bool,
 }
 
 /// Interrupts off, as they were before on drop.
@@ -148,11 +150,15 @@ pub(super) enum Unseen {
 pub(super) unsafe fn peek(mm: *const bindings::mm_struct, hva: Hva, write: bool) -> Result<Seen, Unseen> {
     let _irqs = IrqsSaved::new();
     // SAFETY: the caller's promise, and interrupts are off.
-    let (_, value, level) = unsafe { leaf(mm, hva) }.ok_or(Unseen::Absent)?;
+    let (slot, value, level) = unsafe { leaf(mm, hva) }.ok_or(Unseen::Absent)?;
     if value & entry::P == 0 {
         return Err(Unseen::Absent);
     }
+    let last = (hva.0 >> 12) as usize % ENTRIES == ENTRIES - 1;
+    // SAFETY: not the last one of its table, which stays.
+    let next = last || level > Level::Page4K || unsafe { ptr::read_volatile(slot.wrapping_add(1)) } & entry::P != 0;
     Rule::new(level, write).frame(value).ok_or(Unseen::Odd).map(|frame| Seen {
+        next,
         hpa: Hpa(frame | (hva.0 & (level.bytes() - 1) & !0xfff)),
         writable: value & (entry::W | entry::D) == entry::W | entry::D,
         level,

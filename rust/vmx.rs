@@ -34,6 +34,7 @@ impl TaskState {
         let mut task = bindings::krab_vmx_task::default();
         // SAFETY: `task` is valid for writing.
         unsafe { bindings::krab_vmx_save_task(&mut task) };
+        task.kernel_gs_base = cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0);
         Self(task)
     }
 
@@ -53,6 +54,7 @@ impl TaskState {
         let guest = self.guest_kernel_gs_base();
         // SAFETY: the values are what the current task had on this CPU, by this method's contract.
         unsafe { bindings::krab_vmx_restore_task(&self.0) };
+        write_syscall_msr(msr::KERNEL_GS_BASE, self.0.kernel_gs_base);
         guest
     }
 }
@@ -174,27 +176,27 @@ impl CacheFlush {
 /// Reads every cache line of `buffer`. Its pages are in the TLB by then, so no page walk brings anything else in.
 #[cold]
 fn read_through(buffer: &[u8; 64 * 1024]) {
-    // SAFETY: reads one byte of each of the 16 pages, then of each of the 64 lines of every page, all in the buffer.
+    // SAFETY: reads one byte of each of the 16 pages, then of each of the 64 lines of every page, two pages a turn, all in the buffer.
     unsafe {
         asm!(
             ".set krab_at, 0",
             ".rept 16",
-            "movzbl krab_at({page}), {byte:e}",
+            "movzbl krab_at({pages}), {byte:e}",
             ".set krab_at, krab_at + 4096",
             ".endr",
             "lfence",
             "2:",
             ".set krab_at, 0",
-            ".rept 64",
-            "movzbl krab_at({page}), {byte:e}",
+            ".rept 128",
+            "movzbl krab_at({pages}), {byte:e}",
             ".set krab_at, krab_at + 64",
             ".endr",
-            "addq $4096, {page}",
-            "decl {pages:e}",
+            "addq $8192, {pages}",
+            "decl {pairs:e}",
             "jnz 2b",
             "lfence",
-            page = inout(reg) buffer.as_ptr() => _,
-            pages = inout(reg) 16 => _,
+            pages = inout(reg) buffer.as_ptr() => _,
+            pairs = inout(reg) 8 => _,
             byte = out(reg) _,
             options(att_syntax, nostack, readonly)
         );

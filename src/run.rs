@@ -391,7 +391,7 @@ impl<V: Vendor> Vcpu<V> {
                 state.look_at_code(&exit, &in_guest);
                 state.take_written(&self.vm, &irqs);
                 drop(in_guest);
-                trace::exit(self.peer.id, state.regs.rip, exit.number());
+                trace::exit(self.peer.id, state.regs.rip, &exit);
                 self.peer.stats.exit(&exit);
                 state.after_exit();
                 match exit {
@@ -456,7 +456,9 @@ impl<V: Vendor> State<V> {
     fn look_at_code(&mut self, exit: &Exit, in_guest: &InGuest<'_>) {
         self.code = None;
         let wanted = match exit {
-            Exit::NestedFault(fault) => !fault.present && !fault.execute && self.hw.instruction_bytes().is_none(),
+            Exit::NestedFault(fault) => {
+                self.expects_device && !fault.present && !fault.execute && self.hw.instruction_bytes().is_none()
+            }
             Exit::Cpuid
             | Exit::Hypercall
             | Exit::Rdmsr
