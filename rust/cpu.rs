@@ -96,6 +96,30 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
     }
 }
 
+/// Reads an MSR: 0 when the CPU does not have it.
+#[inline]
+pub(crate) fn read_msr_or_zero(msr: u32) -> u64 {
+    let (mut low, mut high) = (0_u32, 0_u32);
+    // SAFETY: reading an MSR changes nothing. A fault is caught by the exception table, and leaves the registers as they are.
+    unsafe {
+        asm!(
+            "2: rdmsr",
+            "3:",
+            ".pushsection \"__ex_table\", \"a\"",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1",
+            ".popsection",
+            in("ecx") msr,
+            inout("eax") low,
+            inout("edx") high,
+            options(att_syntax, nostack)
+        );
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// Writes an MSR. `EIO` when the CPU refuses.
 ///
 /// # Safety

@@ -74,7 +74,7 @@ impl<V: Vendor> Host<V> {
             supported: caps,
             pv_features: cpuid::PV_FEATURES,
             arch_capabilities: 0,
-            microcode: cpu::read_msr(crate::arch::msr::UCODE_REV).unwrap_or(0),
+            microcode: cpu::read_msr_or_zero(crate::arch::msr::UCODE_REV),
         };
         let limits = cap::Limits {
             recommended_vcpus: (cpu::ids() as u32).min(MAX_VCPUS),

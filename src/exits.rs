@@ -270,25 +270,29 @@ impl<V: Vendor> State<V> {
     /// RIP behind the intercepted instruction.
     #[inline]
     pub(crate) fn next_instruction(&self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<u64, NotNow> {
-        Ok(match self.hw.next_rip() {
-            Some(next) => next,
+        match self.hw.next_rip() {
+            Some(next) => Ok(next),
+            None => self.decoded_next(vm, what, may_sleep),
+        }
+    }
+
+    /// The same from the instruction's bytes.
+    #[inline(never)]
+    fn decoded_next(&self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<u64, NotNow> {
+        let mode = self.mode();
+        let length = match self.code {
+            Some(bytes) => skip_length(&bytes[..15], mode, what),
             None => {
-                let mode = self.mode();
-                let length = match self.code {
-                    Some(bytes) => skip_length(&bytes[..15], mode, what),
-                    None => {
-                        let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
-                        skip_length(bytes.get(..len).unwrap_or(&[]), mode, what)
-                    }
-                };
-                let length = length.ok_or(NotNow)?;
-                let next = self.regs.rip.wrapping_add(length.into());
-                match mode {
-                    Mode::Long64 => next,
-                    Mode::Real | Mode::Vm86 | Mode::Protected16 => next & 0xFFFF,
-                    Mode::Protected32 => next & 0xFFFF_FFFF,
-                }
+                let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
+                skip_length(bytes.get(..len).unwrap_or(&[]), mode, what)
             }
+        };
+        let length = length.ok_or(NotNow)?;
+        let next = self.regs.rip.wrapping_add(length.into());
+        Ok(match mode {
+            Mode::Long64 => next,
+            Mode::Real | Mode::Vm86 | Mode::Protected16 => next & 0xFFFF,
+            Mode::Protected32 => next & 0xFFFF_FFFF,
         })
     }
 

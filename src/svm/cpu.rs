@@ -76,7 +76,7 @@ impl Svm {
             );
             return Err(ENODEV);
         }
-        if cpu::read_msr(msr::VM_CR).unwrap_or(0) & VM_CR_SVMDIS != 0 {
+        if cpu::read_msr_or_zero(msr::VM_CR) & VM_CR_SVMDIS != 0 {
             pr_err!("SVM is disabled by firmware: turn it on in the firmware's setup (often called SVM mode)\n");
             return Err(EPERM);
         }

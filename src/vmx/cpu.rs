@@ -81,7 +81,7 @@ impl Vmx {
             return Err(EPERM);
         }
         let [signature, ..] = cpu::cpuid(1, 0);
-        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
+        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr_or_zero(number));
         let mut config = negotiate(&capabilities, options).map_err(|refusal| {
             pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
             error::unsupported()
@@ -151,7 +151,7 @@ impl Vmx {
     #[inline]
     pub(super) fn read_perf_global_ctrl(&self) -> u64 {
         match self.perf_global_ctrl {
-            true => cpu::read_msr(msr::PERF_GLOBAL_CTRL).unwrap_or(0),
+            true => cpu::read_msr_or_zero(msr::PERF_GLOBAL_CTRL),
             false => 0,
         }
     }
@@ -199,7 +199,7 @@ impl Hardware for Vmx {
 }
 
 fn firmware_allows() -> bool {
-    enabled_by_firmware(cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0))
+    enabled_by_firmware(cpu::read_msr_or_zero(msr::FEATURE_CONTROL))
 }
 
 /// One bit for each of the 65536 identifiers. 0 is the host's.
