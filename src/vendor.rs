@@ -10,7 +10,7 @@ use crate::{
         Gpa, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
-    guest::{Event, Exit, Regs, SystemRegs},
+    guest::{Event, Exit, Regs, SystemRegs, Unintercepted},
     irqchip::{lapic::Lapic, Bits256},
     mmu,
     policy::tsc::{Format, GuestTsc},
@@ -27,8 +27,8 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// Its hypercall instruction: VMCALL, or VMMCALL.
     const HYPERCALL: [u8; 3];
 
-    /// A virtual CPU in its reset state.
-    fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
+    /// A virtual CPU in its reset state. Its guest does what is in `free` without an exit.
+    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<Self::Vcpu>;
 
     /// Whether a guest can execute XSAVES and XRSTORS where the CPU has them.
     fn guest_xsaves(&self) -> bool;
