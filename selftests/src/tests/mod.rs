@@ -22,6 +22,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod protection;
 pub mod random_state;
 pub mod real_mode;
 pub mod safety;
@@ -40,6 +41,7 @@ pub const GROUPS: &[Group] = &[
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
+    protection::GROUP,
     host_state::GROUP,
     state::GROUP,
     tsc::GROUP,
