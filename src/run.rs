@@ -379,7 +379,7 @@ impl<V: Vendor> Vcpu<V> {
             state.look_at_code(&exit, &in_guest);
             state.take_written(&self.vm, irqs);
             drop(in_guest);
-            trace::exit(self.peer.id, state.regs.rip, exit.number());
+            trace::exit(self.peer.id, state.regs.rip, &exit);
             self.peer.stats.exit(&exit);
             state.after_exit();
             match exit {
@@ -393,7 +393,13 @@ impl<V: Vendor> Vcpu<V> {
                     Handled::Resume if state.debug.has_stepped() => return Some(Slow::Work),
                     Handled::Resume => {}
                     Handled::Blocked => return Some(Slow::Work),
-                    Handled::Slow => return Some(Slow::Exit(exit)),
+                    Handled::Slow => {
+                        if matches!(exit, Exit::NestedFault(_)) {
+                            // Only the page is wanted.
+                            state.hw.leave_registers();
+                        }
+                        return Some(Slow::Exit(exit));
+                    }
                     Handled::Device => match exit {
                         Exit::NestedFault(fault) => return Some(Slow::Device(fault)),
                         exit => return Some(Slow::Exit(exit)),
@@ -437,7 +443,9 @@ impl<V: Vendor> State<V> {
     fn look_at_code(&mut self, exit: &Exit, in_guest: &InGuest<'_>) {
         self.code = None;
         let wanted = match exit {
-            Exit::NestedFault(fault) => !fault.present && !fault.execute && self.hw.instruction_bytes().is_none(),
+            Exit::NestedFault(fault) => {
+                self.expects_device && !fault.present && !fault.execute && self.hw.instruction_bytes().is_none()
+            }
             Exit::Cpuid
             | Exit::Hypercall
             | Exit::Rdmsr

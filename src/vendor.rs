@@ -198,6 +198,9 @@ pub(crate) trait VendorVcpu: Send + 'static {
 
     /// In each window, before the first `run`.
     fn load(&mut self, irqs: &IrqsOff);
+    /// Nobody is going to look at the guest's registers after this exit: they need not be at hand behind `unload`.
+    #[inline]
+    fn leave_registers(&mut self) {}
     /// At the end of each window. Only now is RSP sure to be in `regs`.
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff);
     /// After each window: lets the host have the interrupt that the last exit took from it, if this CPU acknowledges them at exits.

@@ -625,6 +625,11 @@ impl VendorVcpu for VmxVcpu {
         self.load_vmcs(irqs);
     }
 
+    #[inline]
+    fn leave_registers(&mut self) {
+        self.wanted = 0;
+    }
+
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff) {
         if core::mem::take(&mut self.rsp_left) {
             self.read_rsp(regs);
