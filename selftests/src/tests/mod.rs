@@ -11,6 +11,7 @@ pub mod control;
 pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
+pub mod disable_exits;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -21,6 +22,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod protection;
 pub mod random_state;
 pub mod real_mode;
 pub mod safety;
@@ -39,6 +41,7 @@ pub const GROUPS: &[Group] = &[
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
+    protection::GROUP,
     host_state::GROUP,
     state::GROUP,
     tsc::GROUP,
@@ -48,6 +51,7 @@ pub const GROUPS: &[Group] = &[
     faults::GROUP,
     lapic::GROUP,
     deadline::GROUP,
+    disable_exits::GROUP,
     apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
