@@ -25,7 +25,7 @@ use crate::{
     mmu::{guest_mem::GuestMem, walk},
     policy::{
         caps::GuestCaps,
-        cpuid_table::CpuidTable,
+        cpuid_table::{withhold_unhalt, CpuidTable},
         msr::{By, Reported},
     },
     stats::StatsFile,
@@ -437,7 +437,11 @@ impl<V: Vendor> Core<V> {
     /// KVM_SET_CPUID2. After the first KVM_RUN only the same table is accepted.
     fn set_cpuid(&mut self, vcpu: &Vcpu<V>, at: Hva, head: &KvmCpuid2) -> Result {
         let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
-        let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        let mut entries: KVVec<KvmCpuidEntry2> =
+            user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        if vcpu.vm.enabled.unintercepted().hlt {
+            withhold_unhalt(&mut entries);
+        }
         if self.ran {
             let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
             return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);

@@ -16,6 +16,7 @@ const LIMITS: Limits = Limits {
     xsave: true,
     tsc_scaling: true,
     xsave_bytes: 4096,
+    disable_exits: 4,
 };
 
 #[test]

@@ -122,7 +122,8 @@ impl VmxVcpu {
             vmcs.write(Control32::Pin, self.pin_controls());
             vmcs.write(Control32::Secondary, self.secondary());
             self.write_pml(vmcs);
-            self.apic.write(&self.machine.host, vmcs);
+            let host = &self.machine.host;
+            self.apic.write(host, self.counters.as_ref().unwrap_or(&host.msr_bitmaps), vmcs);
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
@@ -311,7 +312,7 @@ impl VmxVcpu {
             self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
         }
         let exit = self.neutral(decoded.exit, irqs);
-        if exit == Exit::HostInterrupt && self.machine.host.notification_vector.is_some() {
+        if matches!(exit, Exit::HostInterrupt) && self.machine.host.notification_vector.is_some() {
             let info = InterruptionInfo(self.machine.vmcs.peek(ReadOnly32::InterruptionInfo));
             self.acknowledged = (info.valid() && info.kind() == Kind::ExternalInterrupt).then(|| info.vector());
         }
