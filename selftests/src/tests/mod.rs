@@ -24,6 +24,7 @@ pub mod memory;
 pub mod mmio;
 pub mod random_state;
 pub mod real_mode;
+pub mod registers;
 pub mod safety;
 pub mod state;
 pub mod stress;
@@ -42,6 +43,7 @@ pub const GROUPS: &[Group] = &[
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
+    registers::GROUP,
     tsc::GROUP,
     memory::GROUP,
     aging::GROUP,
