@@ -52,16 +52,6 @@ void krab_host_features(struct krab_host_features *features)
 	};
 }
 
-int krab_rdmsr_safe(u32 msr, u64 *value)
-{
-	return rdmsrq_safe(msr, value);
-}
-
-int krab_wrmsr_safe(u32 msr, u64 value)
-{
-	return wrmsrq_safe(msr, value);
-}
-
 u64 krab_host_spec_ctrl(void)
 {
 	return this_cpu_read(x86_spec_ctrl_current);

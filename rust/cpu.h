@@ -44,8 +44,6 @@ struct krab_host_features {
 };
 
 void krab_host_features(struct krab_host_features *features);
-int krab_rdmsr_safe(u32 msr, u64 *value);
-int krab_wrmsr_safe(u32 msr, u64 value);
 u64 krab_host_spec_ctrl(void);
 u64 krab_host_dr7(void);
 void krab_machine_check(void);

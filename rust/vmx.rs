@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Host state around a VMX guest: what VM exits load, and what they lose and somebody must bring back.
 //! SDM "Loading Host State".
+use core::arch::asm;
+
 use kernel::prelude::*;
 
 use super::{
@@ -32,6 +34,7 @@ impl TaskState {
         let mut task = bindings::krab_vmx_task::default();
         // SAFETY: `task` is valid for writing.
         unsafe { bindings::krab_vmx_save_task(&mut task) };
+        task.kernel_gs_base = cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0);
         Self(task)
     }
 
@@ -51,6 +54,7 @@ impl TaskState {
         let guest = self.guest_kernel_gs_base();
         // SAFETY: the values are what the current task had on this CPU, by this method's contract.
         unsafe { bindings::krab_vmx_restore_task(&self.0) };
+        write_syscall_msr(msr::KERNEL_GS_BASE, self.0.kernel_gs_base);
         guest
     }
 }
@@ -171,13 +175,30 @@ impl CacheFlush {
 
 /// Reads every cache line of `buffer`. Its pages are in the TLB by then, so no page walk brings anything else in.
 #[cold]
-fn read_through(buffer: &[u8]) {
-    for step in [4096, 64] {
-        for byte in buffer.iter().step_by(step) {
-            // SAFETY: a valid reference.
-            unsafe { core::ptr::from_ref(byte).read_volatile() };
-        }
-        // SAFETY: waits for the reads.
-        unsafe { core::arch::asm!("lfence", options(nostack, preserves_flags)) };
+fn read_through(buffer: &[u8; 64 * 1024]) {
+    // SAFETY: reads one byte of each of the 16 pages, then of each of the 64 lines of every page, two pages a turn, all in the buffer.
+    unsafe {
+        asm!(
+            ".set krab_at, 0",
+            ".rept 16",
+            "movzbl krab_at({pages}), {byte:e}",
+            ".set krab_at, krab_at + 4096",
+            ".endr",
+            "lfence",
+            "2:",
+            ".set krab_at, 0",
+            ".rept 128",
+            "movzbl krab_at({pages}), {byte:e}",
+            ".set krab_at, krab_at + 64",
+            ".endr",
+            "addq $8192, {pages}",
+            "decl {pairs:e}",
+            "jnz 2b",
+            "lfence",
+            pages = inout(reg) buffer.as_ptr() => _,
+            pairs = inout(reg) 8 => _,
+            byte = out(reg) _,
+            options(att_syntax, nostack, readonly)
+        );
     }
 }

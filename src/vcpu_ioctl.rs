@@ -12,6 +12,7 @@ use crate::{
         FromZeros, IntoBytes,
     },
     arch::{cr::cr4, Gpa, Gva, Hva},
+    clock::VmClock,
     dev::each_msr,
     enable_cap::Enabled,
     glue::{fpu, lock::lock_killable, timer, user},
@@ -223,7 +224,7 @@ impl<V: Vendor> Vcpu<V> {
             }),
             KVM_SET_GUEST_DEBUG => with(at, |request: KvmGuestDebug| core.set_guest_debug(&request)),
             KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => {
-                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr))
+                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr, &vm.clock))
             }
             KVM_PRE_FAULT_MEMORY => {
                 let mut range: KvmPreFaultMemory = user::read(at)?;
@@ -292,14 +293,14 @@ impl<V: Vendor> Vcpu<V> {
 
 impl<V: Vendor> State<V> {
     /// The attributes of a vCPU: the offset of its TSC. `ENXIO` for others.
-    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr) -> Result {
+    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr, clock: &VmClock) -> Result {
         if (attribute.group, attribute.attr) != (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET) {
             return Err(ENXIO);
         }
         match cmd {
             KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.tsc_offset()),
             KVM_SET_DEVICE_ATTR => {
-                self.set_tsc_offset(user::read(Hva(attribute.addr))?);
+                self.write_tsc_offset(user::read(Hva(attribute.addr))?, clock);
                 Ok(())
             }
             _ => Ok(()),

@@ -577,17 +577,11 @@ impl VendorVcpu for SvmVcpu {
     }
 
     #[inline]
-    fn begin_window(&mut self, irqs: &IrqsOff) {
+    fn load(&mut self, irqs: &IrqsOff) {
         self.host.separate(&self.id, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
         self.host.set_tsc_ratio(self.tsc_ratio, irqs);
     }
-
-    #[inline]
-    fn end_window(&mut self) {}
-
-    #[inline]
-    fn load(&mut self, _irqs: &IrqsOff) {}
 
     #[inline]
     fn unload(&mut self, _regs: &mut Regs, _irqs: &IrqsOff) {}

@@ -312,7 +312,7 @@ impl VmxVcpu {
             self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
         }
         let exit = self.neutral(decoded.exit, irqs);
-        if exit == Exit::HostInterrupt && self.machine.host.notification_vector.is_some() {
+        if matches!(exit, Exit::HostInterrupt) && self.machine.host.notification_vector.is_some() {
             let info = InterruptionInfo(self.machine.vmcs.peek(ReadOnly32::InterruptionInfo));
             self.acknowledged = (info.valid() && info.kind() == Kind::ExternalInterrupt).then(|| info.vector());
         }

@@ -618,7 +618,7 @@ impl VendorVcpu for VmxVcpu {
         None
     }
 
-    fn begin_window(&mut self, irqs: &IrqsOff) {
+    fn load(&mut self, irqs: &IrqsOff) {
         self.machine.host.separate(&self.id, irqs);
         let task = TaskState::save(irqs);
         load_kernel_gs_base(self.state.kernel_gs_base, &task);
@@ -626,18 +626,12 @@ impl VendorVcpu for VmxVcpu {
         self.host_syscall = SyscallMsrs::read(irqs);
         self.loaded_syscall = self.host_syscall;
         self.load_syscall_msrs();
-    }
-
-    fn end_window(&mut self) {
-        if let Some(task) = self.task.take() {
-            self.loaded_syscall.replace(&self.host_syscall);
-            self.state.kernel_gs_base = task.restore();
-        }
+        self.load_vmcs(irqs);
     }
 
     #[inline]
-    fn load(&mut self, irqs: &IrqsOff) {
-        self.load_vmcs(irqs);
+    fn leave_registers(&mut self) {
+        self.wanted = 0;
     }
 
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff) {
@@ -650,6 +644,14 @@ impl VendorVcpu for VmxVcpu {
         }
         self.machine.unload(irqs);
         self.host_debugctl.restore(irqs);
+        if let Some(task) = self.task.take() {
+            self.loaded_syscall.replace(&self.host_syscall);
+            self.state.kernel_gs_base = task.restore();
+        }
+    }
+
+    #[inline]
+    fn deliver_host_interrupt(&mut self, irqs: &IrqsOff) {
         if let Some(vector) = self.acknowledged.take() {
             deliver_host_interrupt(vector, irqs);
         }

@@ -22,6 +22,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod protection;
 pub mod random_state;
 pub mod real_mode;
 pub mod registers;
@@ -41,6 +42,7 @@ pub const GROUPS: &[Group] = &[
     exceptions::GROUP,
     debug::GROUP,
     mmio::GROUP,
+    protection::GROUP,
     host_state::GROUP,
     state::GROUP,
     registers::GROUP,
