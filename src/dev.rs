@@ -10,9 +10,12 @@ use crate::{
     abi::{
         cap,
         ioctl::*,
-        vcpu::{KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrList, KvmMsrs, KVM_MAX_CPUID_ENTRIES, MAX_IO_MSRS},
+        vcpu::{
+            KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrList, KvmMsrs, KVM_MAX_CPUID_ENTRIES,
+            KVM_X86_XCOMP_GUEST_SUPP, MAX_IO_MSRS,
+        },
         vm::{
-            KVM_X86_DISABLE_EXITS_APERFMPERF, KVM_X86_DISABLE_EXITS_CSTATE, KVM_X86_DISABLE_EXITS_HLT,
+            KvmDeviceAttr, KVM_X86_DISABLE_EXITS_APERFMPERF, KVM_X86_DISABLE_EXITS_CSTATE, KVM_X86_DISABLE_EXITS_HLT,
             KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE,
         },
         KVM_API_VERSION,
@@ -187,6 +190,16 @@ impl<V: Vendor> DeviceOperations for System<V> {
                 entry.data = msr::feature_value(&self.0.msr_config, entry.index).ok_or(EINVAL)?;
                 Ok(())
             }),
+            KVM_GET_DEVICE_ATTR | KVM_HAS_DEVICE_ATTR => {
+                let attribute: KvmDeviceAttr = user::read(at)?;
+                if (attribute.group, attribute.attr) != (0, KVM_X86_XCOMP_GUEST_SUPP) {
+                    return Err(ENXIO);
+                }
+                if cmd == KVM_GET_DEVICE_ATTR {
+                    user::write(Hva(attribute.addr), &self.0.caps.xcr0)?;
+                }
+                Ok(0)
+            }
             KVM_X86_GET_MCE_CAP_SUPPORTED => {
                 user::write(at, &msr::MCE_CAP_SUPPORTED)?;
                 Ok(0)

@@ -11,6 +11,7 @@ use kernel::prelude::*;
 use crate::{
     abi::{
         cap::*,
+        run::KVM_EXIT_HYPERCALL_VALID_MASK,
         vm::{
             KvmEnableCap, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
             KVM_MSR_EXIT_REASON_VALID_MASK, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
@@ -52,6 +53,8 @@ pub(crate) struct Enabled {
     tsc_khz: AtomicU32,
     /// `KVM_X86_DISABLE_EXITS_*` of new vCPUs.
     disabled_exits: AtomicU64,
+    /// Hypercalls that userspace answers: one bit for each.
+    hypercall_exits: AtomicU64,
 }
 
 impl Enabled {
@@ -68,6 +71,7 @@ impl Enabled {
             bus_cycle_ns: AtomicU64::new(BUS_CYCLE_NS),
             tsc_khz: AtomicU32::new(0),
             disabled_exits: AtomicU64::new(0),
+            hypercall_exits: AtomicU64::new(0),
         }
     }
 
@@ -114,6 +118,11 @@ impl Enabled {
             sleep_counters: has(KVM_X86_DISABLE_EXITS_CSTATE),
             frequency_counters: has(KVM_X86_DISABLE_EXITS_APERFMPERF),
         }
+    }
+
+    /// Whether userspace answers the hypercall with this number, below 64.
+    pub(crate) fn has_hypercall_exit(&self, number: u64) -> bool {
+        self.hypercall_exits.load(Relaxed) >> (number & 63) & 1 != 0
     }
 
     pub(crate) fn boot_cpu(&self) -> u32 {
@@ -167,6 +176,8 @@ impl<V: Vendor> Vm<V> {
             KVM_CAP_EXIT_ON_EMULATION_FAILURE => enabled.exit_on_emulation_failure.store(value != 0, Relaxed),
             KVM_CAP_EXCEPTION_PAYLOAD => enabled.exception_payload.store(value != 0, Relaxed),
             KVM_CAP_X86_TRIPLE_FAULT_EVENT => enabled.triple_fault_event.store(value != 0, Relaxed),
+            KVM_CAP_EXIT_HYPERCALL if value & !KVM_EXIT_HYPERCALL_VALID_MASK != 0 => return Err(EINVAL),
+            KVM_CAP_EXIT_HYPERCALL => enabled.hypercall_exits.store(value, Relaxed),
             KVM_CAP_MAX_VCPU_ID => return self.limit_vcpu_ids(value),
             KVM_CAP_X86_APIC_BUS_CYCLES_NS => {
                 // Ticks of 32 bits and a divisor of 128 must not overflow.

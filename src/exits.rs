@@ -66,6 +66,13 @@ pub(crate) enum ToUser {
         rip: u64,
         write: bool,
     },
+    /// A hypercall that userspace answers.
+    Hypercall {
+        number: u64,
+        arguments: [u64; 3],
+        /// From 64-bit code.
+        long: bool,
+    },
     /// Userspace has to empty the vCPU's dirty ring.
     DirtyRingFull,
     FailEntry {
@@ -127,6 +134,16 @@ impl ToUser {
                 run.write(EXIT_UNION, &ExitTprAccess { rip, is_write: write.into(), pad: 0 });
                 KVM_EXIT_TPR_ACCESS
             }
+            Self::Hypercall { number, arguments: [first, second, third], long } => {
+                let call = ExitHypercall {
+                    nr: number,
+                    args: [first, second, third, 0, 0, 0],
+                    ret: 0,
+                    flags: if long { KVM_EXIT_HYPERCALL_LONG_MODE } else { 0 },
+                };
+                run.write(EXIT_UNION, &call);
+                KVM_EXIT_HYPERCALL
+            }
             Self::FailEntry { reason } => {
                 let fail = ExitFailEntry {
                     hardware_entry_failure_reason: reason,
@@ -162,7 +179,8 @@ impl ToUser {
             Self::UnexpectedExit { reason } => {
                 let mut data = [0; 16];
                 data[0] = reason;
-                let error = ExitInternalError { suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, ndata: 1, data };
+                data[1] = crate::glue::cpu::current() as u64;
+                let error = ExitInternalError { suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, ndata: 2, data };
                 run.write(EXIT_UNION, &error);
                 KVM_EXIT_INTERNAL_ERROR
             }
@@ -573,7 +591,7 @@ impl<V: Vendor> Vcpu<V> {
             }
         }
         let skipped = match exit {
-            Exit::NestedFault(fault) => match vm.memory.fault(fault, true)? {
+            Exit::NestedFault(fault) => match self.resolve_fault(fault)? {
                 Fault::Mapped | Fault::Sleep => return Ok(None),
                 Fault::Mmio => return self.emulate(core, Some(fault)),
             },
@@ -592,7 +610,14 @@ impl<V: Vendor> Vcpu<V> {
                 let access = if *exit == Exit::Rdmsr { Access::Read } else { Access::Write };
                 return Ok(core.handle_msr_slow(vm, access).unwrap_or(None));
             }
-            Exit::Hypercall => state.handle_hypercall(vm, true),
+            Exit::Hypercall => match state.hypercall_to_user(vm) {
+                Ok(Some((pending, report))) => {
+                    core.pending = pending;
+                    return Ok(Some(report));
+                }
+                Ok(None) => state.handle_hypercall(vm, true),
+                Err(NotNow) => Err(NotNow),
+            },
             Exit::Invd => state.skip(vm, Intercepted::Invd, true),
             Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),
@@ -626,6 +651,17 @@ impl<V: Vendor> Vcpu<V> {
                 Ok(None)
             }
         }
+    }
+
+    /// Maps what a nested fault asked for. Of memory that is not there userspace learns where: KVM_CAP_MEMORY_FAULT_INFO.
+    fn resolve_fault(&self, fault: &NestedFault) -> Result<Fault> {
+        self.vm.memory.fault(fault, true).inspect_err(|error| {
+            if *error == EFAULT {
+                let page = ExitMemoryFault { flags: 0, gpa: fault.gpa.0 & !0xFFF, size: 4096 };
+                self.run.write(EXIT_UNION, &page);
+                self.run.store(EXIT_REASON, KVM_EXIT_MEMORY_FAULT);
+            }
+        })
     }
 
     /// IN or OUT that no device in the kernel took.

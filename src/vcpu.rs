@@ -300,6 +300,12 @@ pub(crate) enum Pending {
     MmioRead,
     /// The emulator has more to do.
     Emulation,
+    /// A hypercall at `rip`, whose result userspace gives; `mask`: bits that it has.
+    Hypercall {
+        rip: u64,
+        next_rip: u64,
+        mask: u64,
+    },
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
     Msr {
         read: bool,

@@ -190,6 +190,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// an instruction of its own, and the CPU keeps the four entries in registers.
     fn wants_pdptes(&self) -> bool;
     fn set_pdptes(&mut self, entries: [u64; 4]);
+    /// Those in the CPU's registers, if it keeps them there. Not while `wants_pdptes`.
+    fn pdptes(&self) -> Option<[u64; 4]>;
 
     /// RIP behind the instruction that exited, where the CPU tells it.
     fn next_rip(&self) -> Option<u64>;

@@ -548,6 +548,10 @@ impl VendorVcpu for SvmVcpu {
 
     fn set_pdptes(&mut self, _entries: [u64; 4]) {}
 
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        None
+    }
+
     #[inline]
     fn next_rip(&self) -> Option<u64> {
         let control = &self.vmcb.control;

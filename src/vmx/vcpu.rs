@@ -605,6 +605,10 @@ impl VendorVcpu for VmxVcpu {
         self.state.set_pdptes(entries, self.machine.host.physical_bits);
     }
 
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        Some(self.state.pdptes(&self.machine))
+    }
+
     #[inline]
     fn next_rip(&self) -> Option<u64> {
         self.next_rip

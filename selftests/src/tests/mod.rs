@@ -25,6 +25,7 @@ pub mod mmio;
 pub mod protection;
 pub mod random_state;
 pub mod real_mode;
+pub mod registers;
 pub mod safety;
 pub mod state;
 pub mod stress;
@@ -44,6 +45,7 @@ pub const GROUPS: &[Group] = &[
     protection::GROUP,
     host_state::GROUP,
     state::GROUP,
+    registers::GROUP,
     tsc::GROUP,
     memory::GROUP,
     aging::GROUP,
