@@ -13,14 +13,15 @@ use crate::{
         cap::*,
         vm::{
             KvmEnableCap, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-            KVM_MSR_EXIT_REASON_VALID_MASK, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-            KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
+            KVM_MSR_EXIT_REASON_VALID_MASK, KVM_PMU_CAP_DISABLE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+            KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
         },
     },
     dev::MAX_VCPUS,
     dirty_ring::entries_of,
     glue::timer,
     irqchip::{lapic::BUS_CYCLE_NS, routing::MAX_ROUTES},
+    policy::pmu::PmuCaps,
     vcpu::Core,
     vendor::Vendor,
     vm::Vm,
@@ -48,6 +49,8 @@ pub(crate) struct Enabled {
     bus_cycle_ns: AtomicU64,
     /// Frequency of new vCPUs' TSCs; 0: the host's.
     tsc_khz: AtomicU32,
+    /// Guests may have performance counters.
+    pmu: AtomicBool,
 }
 
 impl Enabled {
@@ -63,6 +66,7 @@ impl Enabled {
             boot_cpu: AtomicU32::new(0),
             bus_cycle_ns: AtomicU64::new(BUS_CYCLE_NS),
             tsc_khz: AtomicU32::new(0),
+            pmu: AtomicBool::new(true),
         }
     }
 
@@ -98,6 +102,11 @@ impl Enabled {
     /// Frequency of new vCPUs' TSCs; 0: the host's.
     pub(crate) fn tsc_khz(&self) -> u32 {
         self.tsc_khz.load(Relaxed)
+    }
+
+    /// Whether guests may have performance counters.
+    pub(crate) fn pmu(&self) -> bool {
+        self.pmu.load(Relaxed)
     }
 
     pub(crate) fn boot_cpu(&self) -> u32 {
@@ -152,6 +161,16 @@ impl<V: Vendor> Vm<V> {
             KVM_CAP_EXCEPTION_PAYLOAD => enabled.exception_payload.store(value != 0, Relaxed),
             KVM_CAP_X86_TRIPLE_FAULT_EVENT => enabled.triple_fault_event.store(value != 0, Relaxed),
             KVM_CAP_MAX_VCPU_ID => return self.limit_vcpu_ids(value),
+            KVM_CAP_PMU_CAPABILITY => {
+                let _setup = self.setup.lock();
+                if self.host.msr_config.pmu == PmuCaps::NONE
+                    || value & !KVM_PMU_CAP_DISABLE != 0
+                    || self.peers.len() > 0
+                {
+                    return Err(EINVAL);
+                }
+                enabled.pmu.store(value == 0, Relaxed);
+            }
             KVM_CAP_X86_APIC_BUS_CYCLES_NS => {
                 // Ticks of 32 bits and a divisor of 128 must not overflow.
                 if value == 0 || value.checked_mul(u64::from(u32::MAX) * 128).is_none() {
