@@ -45,6 +45,10 @@ void krab_host_features(struct krab_host_features *features)
 		.l1tf = boot_cpu_has_bug(X86_BUG_L1TF) && !cpu_mitigations_off(),
 		.flush_l1d = boot_cpu_has(X86_FEATURE_FLUSH_L1D),
 		.itlb_multihit = boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT) && !cpu_mitigations_off(),
+		.aperfmperf = boot_cpu_has(X86_FEATURE_APERFMPERF),
+		.mwait = boot_cpu_has(X86_FEATURE_MWAIT) && !boot_cpu_has_bug(X86_BUG_MONITOR) &&
+			 boot_cpu_has(X86_FEATURE_ARAT),
+		.smt_rsb = boot_cpu_has_bug(X86_BUG_SMT_RSB) && cpu_smt_possible(),
 	};
 }
 

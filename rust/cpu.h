@@ -35,6 +35,12 @@ struct krab_host_features {
 	bool flush_l1d;
 	/* The host takes measures against machine checks from large executable pages. */
 	bool itlb_multihit;
+	/* APERF and MPERF. */
+	bool aperfmperf;
+	/* MWAIT ends with every interrupt, and the local APIC's timer goes on meanwhile. */
+	bool mwait;
+	/* A sibling that sleeps may leave return predictions of its own to this thread. */
+	bool smt_rsb;
 };
 
 void krab_host_features(struct krab_host_features *features);

@@ -11,6 +11,10 @@ use crate::{
         cap,
         ioctl::*,
         vcpu::{KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrList, KvmMsrs, KVM_MAX_CPUID_ENTRIES, MAX_IO_MSRS},
+        vm::{
+            KVM_X86_DISABLE_EXITS_APERFMPERF, KVM_X86_DISABLE_EXITS_CSTATE, KVM_X86_DISABLE_EXITS_HLT,
+            KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE,
+        },
         KVM_API_VERSION,
     },
     arch::Hva,
@@ -92,6 +96,7 @@ impl<V: Vendor> Host<V> {
             tsc_scaling: hardware.tsc_format().is_some(),
             pmu: pmu != PmuCaps::NONE,
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
+            disable_exits: disable_exits(&features),
         };
         Ok(Arc::new(
             Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, msr_config, limits },
@@ -104,10 +109,31 @@ impl<V: Vendor> Host<V> {
         self.limits.xsave_bytes as usize
     }
 
+    /// `KVM_X86_DISABLE_EXITS_*` that a VM may have.
+    pub(crate) fn disable_exits(&self) -> u64 {
+        self.limits.disable_exits
+    }
+
     /// What KVM_CHECK_EXTENSION answers, on the system and on a VM.
     pub(crate) fn check_extension(&self, number: usize) -> isize {
         cap::check_extension(number as u64, &self.limits) as isize
     }
+}
+
+/// What guests of this host may do without an exit. None sleeps where what a sleeping sibling leaves behind misleads the other thread's
+/// returns: KVM only warns there, unless its `mitigate_smt_rsb` is set.
+fn disable_exits(features: &cpu::HostFeatures) -> u64 {
+    let mut allowed = KVM_X86_DISABLE_EXITS_PAUSE;
+    if features.aperfmperf {
+        allowed |= KVM_X86_DISABLE_EXITS_APERFMPERF;
+    }
+    if !features.smt_rsb {
+        allowed |= KVM_X86_DISABLE_EXITS_HLT | KVM_X86_DISABLE_EXITS_CSTATE;
+        if features.mwait {
+            allowed |= KVM_X86_DISABLE_EXITS_MWAIT;
+        }
+    }
+    allowed
 }
 
 /// A host whose virtualization extension is on.

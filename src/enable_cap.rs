@@ -14,12 +14,14 @@ use crate::{
         vm::{
             KvmEnableCap, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
             KVM_MSR_EXIT_REASON_VALID_MASK, KVM_PMU_CAP_DISABLE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-            KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
+            KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_VALID_FLAGS, KVM_X86_DISABLE_EXITS_APERFMPERF,
+            KVM_X86_DISABLE_EXITS_CSTATE, KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, SUPPORTED_QUIRKS,
         },
     },
     dev::MAX_VCPUS,
     dirty_ring::entries_of,
     glue::timer,
+    guest::Unintercepted,
     irqchip::{lapic::BUS_CYCLE_NS, routing::MAX_ROUTES},
     policy::pmu::PmuCaps,
     vcpu::Core,
@@ -51,6 +53,8 @@ pub(crate) struct Enabled {
     tsc_khz: AtomicU32,
     /// Guests may have performance counters.
     pmu: AtomicBool,
+    /// `KVM_X86_DISABLE_EXITS_*` of new vCPUs.
+    disabled_exits: AtomicU64,
 }
 
 impl Enabled {
@@ -67,6 +71,7 @@ impl Enabled {
             bus_cycle_ns: AtomicU64::new(BUS_CYCLE_NS),
             tsc_khz: AtomicU32::new(0),
             pmu: AtomicBool::new(true),
+            disabled_exits: AtomicU64::new(0),
         }
     }
 
@@ -107,6 +112,17 @@ impl Enabled {
     /// Whether guests may have performance counters.
     pub(crate) fn pmu(&self) -> bool {
         self.pmu.load(Relaxed)
+    }
+
+    /// What the guest does without an exit. Does not change once there is a vCPU.
+    pub(crate) fn unintercepted(&self) -> Unintercepted {
+        let has = |flag| self.disabled_exits.load(Relaxed) & flag != 0;
+        Unintercepted {
+            mwait: has(KVM_X86_DISABLE_EXITS_MWAIT),
+            hlt: has(KVM_X86_DISABLE_EXITS_HLT),
+            sleep_counters: has(KVM_X86_DISABLE_EXITS_CSTATE),
+            frequency_counters: has(KVM_X86_DISABLE_EXITS_APERFMPERF),
+        }
     }
 
     pub(crate) fn boot_cpu(&self) -> u32 {
@@ -184,6 +200,16 @@ impl<V: Vendor> Vm<V> {
                     return Err(EINVAL);
                 }
                 enabled.bus_cycle_ns.store(value, Relaxed);
+            }
+            KVM_CAP_X86_DISABLE_EXITS => {
+                if value & !self.host.disable_exits() != 0 {
+                    return Err(EINVAL);
+                }
+                let _setup = self.setup.lock();
+                if self.peers.len() > 0 {
+                    return Err(EINVAL);
+                }
+                enabled.disabled_exits.fetch_or(value, Relaxed);
             }
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 let entries = entries_of(value, self.host.owner.hardware().write_log_entries())?;

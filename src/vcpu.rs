@@ -418,7 +418,7 @@ impl<V: Vendor> Vcpu<V> {
             GFP_KERNEL_ACCOUNT,
         )?;
         peer.kick.post_quietly(request::LOG_WRITES);
-        let mut hw = vm.host.owner.hardware().new_vcpu()?;
+        let mut hw = vm.host.owner.hardware().new_vcpu(vm.enabled.unintercepted())?;
         hw.set_nested_root(vm.memory.root());
         let mut tsc = VcpuTsc::new(vm.enabled.tsc_khz(), vm.host.owner.hardware().tsc_format());
         tsc.start(&vm.clock);

@@ -12,6 +12,7 @@ use crate::{
         FromZeros, IntoBytes,
     },
     arch::{cr::cr4, Gpa, Gva, Hva},
+    clock::VmClock,
     dev::each_msr,
     enable_cap::Enabled,
     glue::{fpu, lock::lock_killable, timer, user},
@@ -24,7 +25,7 @@ use crate::{
     mmu::{guest_mem::GuestMem, walk},
     policy::{
         caps::GuestCaps,
-        cpuid_table::CpuidTable,
+        cpuid_table::{withhold_unhalt, CpuidTable},
         msr::{By, Reported},
     },
     stats::StatsFile,
@@ -202,7 +203,7 @@ impl<V: Vendor> Vcpu<V> {
             }),
             KVM_SET_GUEST_DEBUG => with(at, |request: KvmGuestDebug| core.set_guest_debug(&request)),
             KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => {
-                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr))
+                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr, &vm.clock))
             }
             KVM_PRE_FAULT_MEMORY => {
                 let mut range: KvmPreFaultMemory = user::read(at)?;
@@ -271,14 +272,14 @@ impl<V: Vendor> Vcpu<V> {
 
 impl<V: Vendor> State<V> {
     /// The attributes of a vCPU: the offset of its TSC. `ENXIO` for others.
-    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr) -> Result {
+    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr, clock: &VmClock) -> Result {
         if (attribute.group, attribute.attr) != (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET) {
             return Err(ENXIO);
         }
         match cmd {
             KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.tsc_offset()),
             KVM_SET_DEVICE_ATTR => {
-                self.set_tsc_offset(user::read(Hva(attribute.addr))?);
+                self.write_tsc_offset(user::read(Hva(attribute.addr))?, clock);
                 Ok(())
             }
             _ => Ok(()),
@@ -436,7 +437,11 @@ impl<V: Vendor> Core<V> {
     /// KVM_SET_CPUID2. After the first KVM_RUN only the same table is accepted.
     fn set_cpuid(&mut self, vcpu: &Vcpu<V>, at: Hva, head: &KvmCpuid2) -> Result {
         let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
-        let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        let mut entries: KVVec<KvmCpuidEntry2> =
+            user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        if vcpu.vm.enabled.unintercepted().hlt {
+            withhold_unhalt(&mut entries);
+        }
         if self.ran {
             let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
             return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);

@@ -10,7 +10,7 @@ use crate::{
         Gpa, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
-    guest::{Event, Exit, Regs, SystemRegs},
+    guest::{Event, Exit, Regs, SystemRegs, Unintercepted},
     irqchip::{lapic::Lapic, Bits256},
     mmu,
     policy::tsc::{Format, GuestTsc},
@@ -27,8 +27,8 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// Its hypercall instruction: VMCALL, or VMMCALL.
     const HYPERCALL: [u8; 3];
 
-    /// A virtual CPU in its reset state.
-    fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
+    /// A virtual CPU in its reset state. Its guest does what is in `free` without an exit.
+    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<Self::Vcpu>;
 
     /// Whether a guest can execute XSAVES and XRSTORS where the CPU has them.
     fn guest_xsaves(&self) -> bool;
@@ -205,14 +205,12 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Bytes of the instruction that faulted, where the CPU keeps them.
     fn instruction_bytes(&self) -> Option<&[u8]>;
 
-    /// Once in each window, before the first `load`.
-    fn begin_window(&mut self, irqs: &IrqsOff);
-    /// Once after each window that was begun, on the same CPU, with interrupts on.
-    fn end_window(&mut self);
-    /// In each stretch of interrupts off, before the first `run`.
+    /// In each window, before the first `run`.
     fn load(&mut self, irqs: &IrqsOff);
-    /// At the end of each stretch of interrupts off in which `load` was called. Only now is RSP sure to be in `regs`.
+    /// At the end of each window. Only now is RSP sure to be in `regs`.
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff);
+    /// After each window: lets the host have the interrupt that the last exit took from it, if this CPU acknowledges them at exits.
+    fn deliver_host_interrupt(&mut self, _irqs: &IrqsOff) {}
     /// Runs the guest until its next exit. RSP need not be in `regs` after exits whose quick handlers have no use for it.
     fn run(&mut self, regs: &mut Regs, window: &Window<'_>, irqs: &IrqsOff) -> Exit;
 }

@@ -34,6 +34,8 @@ pub enum Answer {
     PmuCapability,
     /// Bytes of `kvm_xsave` with every component a guest may have.
     XsaveBytes,
+    /// `KVM_X86_DISABLE_EXITS_*` that this host allows.
+    DisableExits,
 }
 
 /// What the module knows at run time.
@@ -50,6 +52,7 @@ pub struct Limits {
     pub pmu: bool,
     /// At least 4,096.
     pub xsave_bytes: u32,
+    pub disable_exits: u64,
 }
 
 impl Answer {
@@ -66,6 +69,7 @@ impl Answer {
             Self::TscScaling => limits.tsc_scaling as u32,
             Self::PmuCapability => limits.pmu as u32 * KVM_PMU_CAP_DISABLE as u32,
             Self::XsaveBytes => limits.xsave_bytes,
+            Self::DisableExits => limits.disable_exits as u32,
         }
     }
 }
@@ -180,7 +184,7 @@ capabilities! {
     KVM_CAP_MAX_VCPU_ID = 128, MaxVcpuId;
     KVM_CAP_X2APIC_API = 129, Value(KVM_X2APIC_API_VALID_FLAGS), "flags";
     KVM_CAP_IMMEDIATE_EXIT = 136, Value(1);
-    KVM_CAP_X86_DISABLE_EXITS = 143, No;
+    KVM_CAP_X86_DISABLE_EXITS = 143, DisableExits, "flags; PAUSE, and what the CPU allows";
     KVM_CAP_HYPERV_SYNIC2 = 148, No;
     KVM_CAP_HYPERV_VP_INDEX = 149, No;
     KVM_CAP_GET_MSR_FEATURES = 153, Value(1);

@@ -17,6 +17,7 @@ const LIMITS: Limits = Limits {
     tsc_scaling: true,
     pmu: true,
     xsave_bytes: 4096,
+    disable_exits: 4,
 };
 
 #[test]

@@ -201,6 +201,15 @@ pub const SUPPORTED_QUIRKS: u64 = KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
     | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
     | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
     | KVM_X86_QUIRK_STUFF_FEATURE_MSRS;
+/// KVM_CAP_X86_DISABLE_EXITS: what a guest may do without an exit.
+pub const KVM_X86_DISABLE_EXITS_MWAIT: u64 = 1 << 0;
+pub const KVM_X86_DISABLE_EXITS_HLT: u64 = 1 << 1;
+pub const KVM_X86_DISABLE_EXITS_PAUSE: u64 = 1 << 2;
+/// Reading the MSRs that count how long a core slept.
+pub const KVM_X86_DISABLE_EXITS_CSTATE: u64 = 1 << 3;
+/// Reading APERF and MPERF.
+pub const KVM_X86_DISABLE_EXITS_APERFMPERF: u64 = 1 << 4;
+
 /// KVM_CAP_X2APIC_API: APIC IDs in KVM_GET_LAPIC, in routes and in messages have 32 bits.
 pub const KVM_X2APIC_API_USE_32BIT_IDS: u32 = 1 << 0;
 /// A device's message to FFh goes to the CPU of that x2APIC ID, not to all.

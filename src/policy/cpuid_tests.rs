@@ -434,3 +434,24 @@ fn agrees_with_kvm() {
         assert!(kvm.keys().all(|key| *key == (0x8000_0022, 0)), "only KVM has {kvm:x?}");
     }
 }
+
+#[test]
+fn a_guest_that_sleeps_by_itself_is_not_promised_a_kick() {
+    use crate::policy::cpuid_table::withhold_unhalt;
+    let [ebx, ecx, edx] = KVM_SIGNATURE;
+    let leaf = |function, eax, [ebx, ecx, edx]: [u32; 3]| KvmCpuidEntry2 {
+        function,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..KvmCpuidEntry2::default()
+    };
+    let features = leaf(KVM_FEATURES_LEAF, u32::MAX, [0; 3]);
+    let mut table = [leaf(KVM_SIGNATURE_LEAF, KVM_FEATURES_LEAF, [ebx, ecx, edx]), features];
+    withhold_unhalt(&mut table);
+    assert_eq!(table[1].eax, !kvm_eax::PV_UNHALT);
+    let mut foreign = [leaf(KVM_SIGNATURE_LEAF, KVM_FEATURES_LEAF, [ebx, ecx, !edx]), features];
+    withhold_unhalt(&mut foreign);
+    assert_eq!(foreign[1].eax, u32::MAX, "another hypervisor's");
+}

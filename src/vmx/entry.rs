@@ -91,7 +91,7 @@ impl VmxVcpu {
         }
         if self.machine.host.perf_global_ctrl {
             // The host's own counters do not count guests: a record of theirs would go to an address of the guest's.
-            vmcs.write(Guest64::PerfGlobalCtrl, self.counters);
+            vmcs.write(Guest64::PerfGlobalCtrl, self.perf_global_ctrl);
             vmcs.write(Host64::PerfGlobalCtrl, self.host_fields.perf_global_ctrl);
         }
         vmcs.write(Control64::VirtualApicAddress, insn::address(&self.apic.page));
@@ -107,7 +107,7 @@ impl VmxVcpu {
     pub(super) fn write_counters(&mut self, enabled: u64, irqs: &IrqsOff) {
         // Without a VMCS there is no entry.
         if let Some(vmcs) = self.machine.vmcs.current(irqs) {
-            self.counters = enabled;
+            self.perf_global_ctrl = enabled;
             vmcs.write(Guest64::PerfGlobalCtrl, enabled);
         }
     }
@@ -132,7 +132,8 @@ impl VmxVcpu {
             vmcs.write(Control32::Pin, self.pin_controls());
             vmcs.write(Control32::Secondary, self.secondary());
             self.write_pml(vmcs);
-            self.apic.write(&self.machine.host, vmcs);
+            let host = &self.machine.host;
+            self.apic.write(host, self.counters.as_ref().unwrap_or(&host.msr_bitmaps), vmcs);
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());

@@ -79,6 +79,10 @@ pub(super) mod group {
     /// Pending debug exceptions and what else a reset sets.
     pub(in super::super) const RESET: u32 = 1 << 21;
     pub(in super::super) const PDPTES: u32 = 1 << 22;
+    /// The guest does not sleep in HLT any more.
+    pub(in super::super) const AWAKE: u32 = 1 << 23;
+    /// With what is changed from outside, the guest is awake: the CPU insists on it where an event is blocked.
+    pub(in super::super) const WAKES: u32 = SEGMENTS | INTERRUPTIBILITY | AWAKE;
     /// What decides on the paging mode.
     pub(in super::super) const PAGING: u32 = CR0 | CR3 | CR4 | EFER;
 }
@@ -132,6 +136,8 @@ pub(super) struct GuestState {
     /// Always known, but for what the guest owns: that is meaningful where `valid` says so.
     cr0: Cell<u64>,
     cr4: Cell<u64>,
+    /// HLT does not exit: the CPU keeps the guest's sleep in the VMCS, across exits for the host.
+    sleeps: bool,
     /// Bits of CR4 that the guest changes itself.
     cr4_owned: u64,
     /// Copies: meaningful where `valid` says so.
@@ -147,8 +153,9 @@ pub(super) struct GuestState {
 
 impl GuestState {
     /// All zero, and all of it to be written.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(sleeps: bool) -> Self {
         Self {
+            sleeps,
             cr2: 0,
             efer: 0,
             dr6: 0,
@@ -177,6 +184,14 @@ impl GuestState {
     #[inline]
     pub(super) fn ran(&mut self) {
         self.valid.set(0);
+    }
+
+    /// An event goes into the guest: if it sleeps in HLT, that is over.
+    #[inline]
+    pub(super) fn wake(&mut self) {
+        if self.sleeps {
+            self.changed(group::AWAKE);
+        }
     }
 
     /// Whether the next entry has something to write.
@@ -536,6 +551,8 @@ impl GuestState {
         }
         if dirty & group::RESET != 0 {
             vmcs.write(GuestNatural::PendingDebugExceptions, 0);
+        }
+        if dirty & group::RESET != 0 || self.sleeps && dirty & group::WAKES != 0 {
             vmcs.write(Guest32::ActivityState, activity::ACTIVE);
         }
     }

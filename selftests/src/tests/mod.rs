@@ -11,6 +11,7 @@ pub mod control;
 pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
+pub mod disable_exits;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -48,6 +49,7 @@ pub const GROUPS: &[Group] = &[
     faults::GROUP,
     lapic::GROUP,
     deadline::GROUP,
+    disable_exits::GROUP,
     apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
