@@ -24,13 +24,14 @@ use crate::{
     glue::{
         cpu,
         fd::{self, DeviceOperations},
-        fpu, user,
+        fpu, pmu, user,
         virt::Owner,
     },
     policy::{
         caps::GuestCaps,
         cpuid,
         msr::{self, MsrConfig},
+        pmu::PmuCaps,
     },
     vendor::Vendor,
     vm::Vm,
@@ -58,6 +59,10 @@ impl<V: Vendor> Host<V> {
     pub(crate) fn new(hardware: Arc<V>) -> Result<Arc<Self>> {
         let xcr0 = fpu::host_components()?;
         let features = cpu::host_features();
+        let pmu = match hardware.counts_guests() && pmu::works() {
+            true => PmuCaps::host(cpu::cpuid(0xA, 0)),
+            false => PmuCaps::NONE,
+        };
         let host_features = cpuid::HostFeatures {
             xcr0,
             xsaves: hardware.guest_xsaves(),
@@ -68,6 +73,7 @@ impl<V: Vendor> Host<V> {
             la57: features.la57,
             nested_address_bits: 48,
             pv_features: cpuid::PV_FEATURES,
+            pmu,
         };
         let mut supported = KVVec::new();
         supported.resize(KVM_MAX_CPUID_ENTRIES as usize, KvmCpuidEntry2::default(), GFP_KERNEL)?;
@@ -82,6 +88,7 @@ impl<V: Vendor> Host<V> {
             pv_features: cpuid::PV_FEATURES,
             arch_capabilities: 0,
             microcode: cpu::read_msr_or_zero(crate::arch::msr::UCODE_REV),
+            pmu,
         };
         let limits = cap::Limits {
             recommended_vcpus: (cpu::ids() as u32).min(MAX_VCPUS),
@@ -90,6 +97,7 @@ impl<V: Vendor> Host<V> {
             memory_slots: crate::mmu::slots::USER_SLOTS,
             xsave: xcr0 != 0,
             tsc_scaling: hardware.tsc_format().is_some(),
+            pmu: pmu != PmuCaps::NONE,
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
             disable_exits: disable_exits(&features),
         };

@@ -318,6 +318,7 @@ impl<V: Vendor> State<V> {
     #[inline]
     pub(crate) fn completed(&mut self, next_rip: u64) {
         self.regs.rip = next_rip;
+        self.instruction_retired();
         self.hw.set_interrupt_shadow(false);
         self.regs.rflags &= !rflags::RF;
         if self.debug.steps() {
@@ -396,6 +397,7 @@ impl<V: Vendor> State<V> {
                 self.handle_exception(*exception);
                 Ok(())
             }
+            Exit::Rdpmc if self.pmu.is_some() => return Handled::Slow,
             Exit::Rdpmc => {
                 self.events.raise(Exception::GP0);
                 Ok(())
@@ -618,6 +620,7 @@ impl<V: Vendor> Vcpu<V> {
                 Ok(None) => state.handle_hypercall(vm, true),
                 Err(NotNow) => Err(NotNow),
             },
+            Exit::Rdpmc => state.handle_rdpmc(vm),
             Exit::Invd => state.skip(vm, Intercepted::Invd, true),
             Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),

@@ -294,6 +294,10 @@ impl<V: Vendor> Vcpu<V> {
         if requests & request::EOI_LISTENERS != 0 {
             core.state.hw.set_eoi_listeners(&self.vm.irq.eoi_listeners());
         }
+        if requests & request::EVENT_FILTER != 0 {
+            core.state.update_event_filter(&self.vm);
+        }
+        core.state.serve_pmu();
     }
 
     /// Sleeps until there is something for a vCPU that does not run.
@@ -347,6 +351,7 @@ impl<V: Vendor> Vcpu<V> {
         self.peer.stats.count(VcpuStat::FpuReload);
         let loaded = Loaded::new(state, irqs);
         let state = &mut *loaded.state;
+        state.load_counters(irqs);
         loop {
             if self.has_mail() {
                 state.drain_inbox(&self.vm, &self.peer);
@@ -367,6 +372,9 @@ impl<V: Vendor> Vcpu<V> {
                 return None;
             }
             if state.hw.wants_pdptes() || state.hw.needs_software(&state.regs) {
+                return Some(Slow::Work);
+            }
+            if state.pmu.as_ref().is_some_and(|pmu| pmu.has_work()) {
                 return Some(Slow::Work);
             }
             let user_window = asked && state.accepts_user_interrupt();

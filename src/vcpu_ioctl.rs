@@ -509,6 +509,7 @@ impl<V: Vendor> Core<V> {
         self.state.caps = caps;
         self.state.hw.set_cr4_allowed(caps.cr4);
         self.state.update_pv_features();
+        self.state.reset_pmu(&vcpu.vm)?;
         Ok(())
     }
 

@@ -60,6 +60,11 @@ pub(crate) trait Vendor: Hardware + Sized {
         false
     }
 
+    /// Whether the host's counters can be turned on for guests alone: [`VendorVcpu::enable_counters`].
+    fn counts_guests(&self) -> bool {
+        false
+    }
+
     /// Whether its CPUs know a page of host memory as the local APIC's window.
     fn has_apic_page(&self) -> bool {
         false
@@ -177,6 +182,10 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn hand_over(&mut self, _lapic: &mut Lapic, _all: bool, _irqs: &IrqsOff) {}
     /// Takes back to `lapic` what the CPU has.
     fn take_back(&mut self, _lapic: &mut Lapic) {}
+
+    /// Which of the host's performance counters count in this guest, where [`Vendor::counts_guests`]: bits of IA32_PERF_GLOBAL_CTRL. After
+    /// `load`, until the next.
+    fn enable_counters(&mut self, _enabled: u64, _irqs: &IrqsOff) {}
 
     /// Whether the CPU cannot run the guest in the state that it is in, so that software has to.
     #[inline]

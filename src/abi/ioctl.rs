@@ -147,7 +147,7 @@ ioctls! {
     KVM_SET_TSC_KHZ = io(0xA2), 0xAEA2, V.or(C), Supported;
     KVM_GET_TSC_KHZ = io(0xA3), 0xAEA3, V.or(C), Supported;
     KVM_SIGNAL_MSI = iow::<KvmMsi>(0xA5), 0x4020_AEA5, V, Supported;
-    KVM_SET_PMU_EVENT_FILTER = number(WRITE, 0xB2, 32), 0x4020_AEB2, V, Refused, "no virtual PMU";
+    KVM_SET_PMU_EVENT_FILTER = iow::<KvmPmuEventFilter>(0xB2), 0x4020_AEB2, V, Supported;
 
     KVM_RUN = io(0x80), 0xAE80, C, Supported;
     KVM_GET_REGS = ior::<KvmRegs>(0x81), 0x8090_AE81, C, Supported;

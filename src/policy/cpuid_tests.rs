@@ -2,6 +2,7 @@
 //! The filter and the table over CPUs made up for the purpose: one like AMD's Zen 4, one like Intel's Ice Lake.
 #![forbid(unsafe_code)]
 
+use crate::policy::pmu::PmuCaps;
 use super::cpuid::{is_indexed, supported, xsave_bytes, HostFeatures, TooSmall, PV_FEATURES};
 use super::cpuid_table::{BadTable, CpuidTable, Dynamic};
 use super::GuestCaps;
@@ -90,6 +91,7 @@ const FULL: HostFeatures = HostFeatures {
     la57: true,
     nested_address_bits: 48,
     pv_features: PV_FEATURES,
+    pmu: PmuCaps::NONE,
 };
 
 const POOR: HostFeatures = HostFeatures {
@@ -102,6 +104,7 @@ const POOR: HostFeatures = HostFeatures {
     la57: false,
     nested_address_bits: 40,
     pv_features: 0,
+    pmu: PmuCaps::NONE,
 };
 
 fn table(host: impl Fn(u32, u32) -> [u32; 4], features: &HostFeatures) -> CpuidTable<Vec<KvmCpuidEntry2>> {

@@ -89,6 +89,8 @@ pub(crate) struct VmxVcpu {
     pub(super) wanted: u32,
 
     pub(super) flush: u8,
+    /// IA32_PERF_GLOBAL_CTRL in the guest, as the VMCS has it or is to have it at first.
+    pub(super) perf_global_ctrl: u64,
     /// The host's interrupt that the last exit acknowledged, and that the host does not know of yet.
     pub(super) acknowledged: Option<u8>,
     /// Where the vCPU ran last; a number that no CPU has before.
@@ -148,6 +150,7 @@ impl Vendor for Vmx {
             next_rip: None,
             wanted: 0,
             flush: flush::NESTED,
+            perf_global_ctrl: 0,
             acknowledged: None,
             last_cpu: usize::MAX,
             host_fields: HostFields::UNWRITTEN,
@@ -198,6 +201,10 @@ impl Vendor for Vmx {
 
     fn takes_posted(&self) -> bool {
         self.notification_vector.is_some()
+    }
+
+    fn counts_guests(&self) -> bool {
+        self.perf_global_ctrl
     }
 
     fn has_apic_page(&self) -> bool {
@@ -583,6 +590,13 @@ impl VendorVcpu for VmxVcpu {
 
     fn take_back(&mut self, lapic: &mut Lapic) {
         self.apic.take_back(lapic);
+    }
+
+    #[inline]
+    fn enable_counters(&mut self, enabled: u64, irqs: &IrqsOff) {
+        if enabled != self.perf_global_ctrl {
+            self.write_counters(enabled, irqs);
+        }
     }
 
     #[inline]
