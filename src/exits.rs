@@ -573,6 +573,7 @@ impl<V: Vendor> Vcpu<V> {
             },
             Exit::Port(access) if !access.string => return Ok(self.port_to_user(core, access)),
             Exit::Port(_) | Exit::ControlRegister(_) | Exit::DebugRegister(_) => return self.emulate(core, None),
+            Exit::TaskSwitch(switch) => return Ok(self.switch_task(core, *switch)),
             Exit::Cpuid => {
                 let xcr0 = core.fpu.xcr0();
                 state.handle_cpuid(vm, xcr0, true)

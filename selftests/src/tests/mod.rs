@@ -26,6 +26,7 @@ pub mod real_mode;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod tasks;
 pub mod tsc;
 pub mod vmms;
 pub mod windows;
@@ -38,6 +39,7 @@ pub const GROUPS: &[Group] = &[
     hypercall::GROUP,
     exceptions::GROUP,
     debug::GROUP,
+    tasks::GROUP,
     mmio::GROUP,
     host_state::GROUP,
     state::GROUP,
