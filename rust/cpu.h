@@ -35,6 +35,8 @@ struct krab_host_features {
 	bool flush_l1d;
 	/* The host takes measures against machine checks from large executable pages. */
 	bool itlb_multihit;
+	/* The host takes its events by FRED and not through an IDT. */
+	bool fred;
 };
 
 void krab_host_features(struct krab_host_features *features);

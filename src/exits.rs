@@ -2,6 +2,8 @@
 //! What each exit means: the quick handlers of the inner ring, and the slow ones in process context.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use kernel::prelude::*;
 
 use crate::{
@@ -30,6 +32,9 @@ use crate::{
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
+
+/// The host's log has the line about split locks.
+static SPLIT_LOCK_TOLD: AtomicBool = AtomicBool::new(false);
 
 /// What the inner ring does after a quick handler.
 pub(crate) enum Handled {
@@ -412,6 +417,14 @@ impl<V: Vendor> State<V> {
             if self.hw.dr6() & dr::DR6_TRAPS == 0 || self.hw.dr7() & dr::DR7_ENABLES == 0 {
                 return;
             }
+        }
+        if exception.vector == vector::AC
+            && !check::alignment_checked(self.hw.cpl(), self.hw.cr0(), self.regs.rflags)
+            && !SPLIT_LOCK_TOLD.swap(true, Ordering::Relaxed)
+        {
+            pr_warn!(
+                "a guest's locked access crossed cache lines, and this host detects that: the guest gets #AC (split_lock_detect=off)\n"
+            );
         }
         self.events.raise(exception);
     }
