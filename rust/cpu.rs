@@ -225,6 +225,14 @@ pub(crate) fn write_pred_cmd(value: u64) {
     let _ = unsafe { write_msr(msr::PRED_CMD, value) };
 }
 
+/// What follows does not depend on branches that came before. For CPUs that have the barrier.
+#[inline]
+pub(crate) fn barrier() {
+    /// PRED_CMD: a whole barrier.
+    const IBPB: u64 = 1;
+    write_pred_cmd(IBPB);
+}
+
 /// Writes FLUSH_CMD: an L1 data cache flush, for a guest that asks for one. Ignored where the CPU has none.
 pub(crate) fn write_flush_cmd(value: u64) {
     // SAFETY: as above.
@@ -247,14 +255,14 @@ impl VcpuId {
 pub(crate) struct LastVcpu(Cell<u64>);
 
 impl LastVcpu {
-    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction.
+    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction. `shared`: another hypervisor's
+    /// guest may have run here since.
     #[inline]
-    pub(crate) fn separate(&self, vcpu: &VcpuId, features: &HostFeatures, irqs: &IrqsOff) {
-        /// PRED_CMD: a whole barrier.
-        const IBPB: u64 = 1;
-        if self.0.replace(vcpu.0) != vcpu.0 && features.ibpb {
+    pub(crate) fn separate(&self, vcpu: &VcpuId, shared: bool, features: &HostFeatures, irqs: &IrqsOff) {
+        let changes = self.0.replace(vcpu.0) != vcpu.0;
+        if (changes || shared) && features.ibpb {
             // Each vCPU is a prediction domain of its own.
-            write_pred_cmd(IBPB);
+            barrier();
         }
         if features.ibpb_exit_to_user {
             ibpb_before_user(irqs);

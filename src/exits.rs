@@ -2,6 +2,8 @@
 //! What each exit means: the quick handlers of the inner ring, and the slow ones in process context.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use kernel::prelude::*;
 
 use crate::{
@@ -30,6 +32,9 @@ use crate::{
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
+
+/// The host's log has the line about split locks.
+static SPLIT_LOCK_TOLD: AtomicBool = AtomicBool::new(false);
 
 /// What the inner ring does after a quick handler.
 pub(crate) enum Handled {
@@ -437,6 +442,14 @@ impl<V: Vendor> State<V> {
                 return;
             }
         }
+        if exception.vector == vector::AC
+            && !check::alignment_checked(self.hw.cpl(), self.hw.cr0(), self.regs.rflags)
+            && !SPLIT_LOCK_TOLD.swap(true, Ordering::Relaxed)
+        {
+            pr_warn!(
+                "a guest's locked access crossed cache lines, and this host detects that: the guest gets #AC (split_lock_detect=off)\n"
+            );
+        }
         self.events.raise(exception);
     }
 
@@ -599,6 +612,7 @@ impl<V: Vendor> Vcpu<V> {
             },
             Exit::Port(access) if !access.string => return Ok(self.port_to_user(core, access)),
             Exit::Port(_) | Exit::ControlRegister(_) | Exit::DebugRegister(_) => return self.emulate(core, None),
+            Exit::TaskSwitch(switch) => return Ok(self.switch_task(core, *switch)),
             Exit::Cpuid => {
                 let xcr0 = core.fpu.xcr0();
                 state.handle_cpuid(vm, xcr0, true)

@@ -120,7 +120,8 @@ impl Svm {
     /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
-        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
+        // The CPUs are ours alone while we have guests.
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, false, &self.features, irqs);
     }
 
     /// This CPU's save area for what VMRUN does not save.

@@ -661,6 +661,7 @@ impl VendorVcpu for VmxVcpu {
         if let Some(task) = self.task.take() {
             self.loaded_syscall.replace(&self.host_syscall);
             self.state.kernel_gs_base = task.restore();
+            self.machine.host.leave();
         }
     }
 

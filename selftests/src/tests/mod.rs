@@ -29,6 +29,7 @@ pub mod registers;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod tasks;
 pub mod tsc;
 pub mod vmms;
 pub mod windows;
@@ -41,6 +42,7 @@ pub const GROUPS: &[Group] = &[
     hypercall::GROUP,
     exceptions::GROUP,
     debug::GROUP,
+    tasks::GROUP,
     mmio::GROUP,
     protection::GROUP,
     host_state::GROUP,
