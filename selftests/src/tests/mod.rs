@@ -22,6 +22,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod pmu;
 pub mod random_state;
 pub mod real_mode;
 pub mod safety;
@@ -55,6 +56,7 @@ pub const GROUPS: &[Group] = &[
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    pmu::GROUP,
     random_state::GROUP,
     vmms::GROUP,
     stress::GROUP,
