@@ -228,9 +228,6 @@ impl<V: Vendor> State<V> {
         if !interrupt {
             return;
         }
-        if V::Vcpu::DELIVERS {
-            self.take_back();
-        }
         if let Some(lapic) = &mut self.lapic {
             if lapic.deliver_performance() == Some(LocalSignal::Nmi) {
                 self.events.raise_nmi();

@@ -22,6 +22,7 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod pmu;
 pub mod protection;
 pub mod random_state;
 pub mod real_mode;
@@ -61,6 +62,7 @@ pub const GROUPS: &[Group] = &[
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    pmu::GROUP,
     random_state::GROUP,
     vmms::GROUP,
     stress::GROUP,

@@ -338,6 +338,7 @@ impl Lapic {
         let signal = self.deliver_local(Lvt::Performance);
         if self.is_present() {
             self.lvt[Lvt::Performance as usize] |= LVT_MASKED;
+            self.image_stale = true;
         }
         signal
     }
