@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Guest extended state: x87, SSE, AVX and what else XSAVE manages, DR0 to DR3 and TSC_AUX.
 //!
-//! A [`Window`] is a stretch of kernel code in which this CPU holds the guest's extended state. Preemption and bottom halves are off
-//! in it and the kernel does not use the FPU; interrupts may come in. A guest has no supervisor states: its XSS is 0, and while it can
-//! execute XSAVES the CPU's is, too.
+//! A [`Window`] is a stretch of kernel code with interrupts off in which this CPU holds the guest's extended state. A guest has no
+//! supervisor states: its XSS is 0, and while it can execute XSAVES the CPU's is, too.
 use core::marker::PhantomData;
 
 use kernel::prelude::*;
 
-use super::{bindings, cpu};
+use super::{
+    bindings,
+    cpu::{self, IrqsOff},
+};
 use crate::arch::{cpuid::leaf_d_1_eax, cr::xcr0, msr};
 
 /// The largest XSAVE image, in bytes, that a guest's area holds.
@@ -153,8 +155,8 @@ impl GuestFpu {
 
     /// Loads the guest's state into this CPU until the window is dropped.
     #[inline]
-    pub(crate) fn enter(&mut self) -> Window<'_> {
-        // SAFETY: called in process context with interrupts on; `Window`'s drop is the counterpart.
+    pub(crate) fn enter<'a>(&'a mut self, _irqs: &'a IrqsOff) -> Window<'a> {
+        // SAFETY: interrupts are off until `Window`'s drop, which is the counterpart.
         unsafe { bindings::krab_fpu_begin() };
         let host_pkru = if self.has_pku {
             // SAFETY: the host has PKU on.
@@ -195,7 +197,7 @@ impl GuestFpu {
     }
 }
 
-/// Proof that the guest's extended state is loaded. Preemption is off; interrupts are on unless the holder turned them off.
+/// Proof that the guest's extended state is loaded. Interrupts are off.
 pub(crate) struct Window<'a> {
     fpu: &'a mut GuestFpu,
     host_pkru: u32,
@@ -215,7 +217,7 @@ impl Drop for Window<'_> {
     fn drop(&mut self) {
         let fpu = &mut *self.fpu;
         // VMRUN leaves DR7 with every breakpoint off.
-        // SAFETY: a per-CPU read; preemption is off in the window.
+        // SAFETY: a per-CPU read; interrupts are off in the window.
         let host_dr7 = unsafe { bindings::krab_host_dr7() };
         if fpu.breakpoints_enabled {
             // SAFETY: gives the host its registers back and keeps the guest's.

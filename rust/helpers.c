@@ -11,6 +11,7 @@
 #include <linux/swap.h>
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
+#include <linux/vtime.h>
 
 #include <linux/slab.h>
 #include <linux/srcu.h>
@@ -269,6 +270,28 @@ void krab_srcu_call(void *domain, struct rcu_head *head, void (*done)(struct rcu
 void krab_srcu_barrier(void *domain)
 {
 	srcu_barrier(domain);
+}
+
+/* task.rs */
+
+void krab_guest_time_begin(void)
+{
+	preempt_disable();
+	vtime_account_guest_enter();
+}
+
+void krab_guest_time_end(void)
+{
+	unsigned long flags;
+
+	if (vtime_accounting_enabled_this_cpu()) {
+		local_irq_save(flags);
+		vtime_guest_exit(current);
+		local_irq_restore(flags);
+	} else {
+		current->flags &= ~PF_VCPU;
+	}
+	preempt_enable();
 }
 
 /* signal.rs */

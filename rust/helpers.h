@@ -17,6 +17,7 @@
 #include <linux/types.h>
 
 #include "cpu.h"
+#include "pmu.h"
 #include "vmx.h"
 
 /* fd.rs */
@@ -61,6 +62,8 @@ void krab_put_used_page(struct page *page, bool dirty);
 
 /* task.rs */
 int xfer_to_guest_mode_handle_work(void);
+void krab_guest_time_begin(void);
+void krab_guest_time_end(void);
 
 /* kick.rs */
 void krab_prepare_to_wait(struct rcuwait *waiter);

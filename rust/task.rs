@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The current task: signals, rescheduling, deferred work.
-use core::arch::asm;
+use core::{arch::asm, marker::PhantomData};
 use kernel::{bindings, prelude::*};
 
-use super::bindings as own;
+use super::{bindings as own, cpu::IrqsOff};
 
 /// The current task.
 #[inline(always)]
@@ -69,18 +69,6 @@ pub fn handle_work() -> Result {
     kernel::error::to_result(unsafe { own::xfer_to_guest_mode_handle_work() })
 }
 
-/// Whether this CPU has softirqs to run, which interrupts-on would do.
-#[inline(always)]
-pub fn softirq_pending() -> bool {
-    let pending: u32;
-    // SAFETY: reads this CPU's copy of a per-CPU word.
-    unsafe {
-        asm!("movzx {0:e}, word ptr gs:[rip + {1}]", out(reg) pending, sym bindings::__softirq_pending,
-             options(readonly, nostack, preserves_flags))
-    };
-    pending != 0
-}
-
 /// Number of the CPU this runs on; only a hint unless the caller cannot migrate.
 #[inline(always)]
 pub(super) fn this_cpu() -> u32 {
@@ -97,4 +85,27 @@ pub(super) fn this_cpu() -> u32 {
 pub fn run_delay_ns() -> u64 {
     // SAFETY: the current task is valid; only itself and the scheduler on its CPU write the counter.
     unsafe { core::ptr::read_volatile(&raw const (*current()).sched_info.run_delay) }
+}
+
+/// The current task's CPU time counts as a guest's (`guest_time` in /proc/PID/stat, a part of the user time) until this is dropped.
+/// Preemption is off. The tick that ended a guest's turn is counted when its interrupt is taken, so the drop belongs behind interrupts-on.
+pub(crate) struct GuestTime {
+    not_send: PhantomData<*mut ()>,
+}
+
+impl GuestTime {
+    #[inline]
+    pub(crate) fn begin(_irqs: &IrqsOff) -> Self {
+        // SAFETY: interrupts are off; the drop is the counterpart.
+        unsafe { own::krab_guest_time_begin() };
+        Self { not_send: PhantomData }
+    }
+}
+
+impl Drop for GuestTime {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: the same task on the same CPU, because preemption was off.
+        unsafe { own::krab_guest_time_end() };
+    }
 }

@@ -390,6 +390,9 @@ impl<V: Vendor> Vcpu<V> {
             drop(emulated);
             // An instruction, or an iteration of one, is over.
             let over = state.regs.rip != rip || matches!(step, Step::Done) && emulator.is_repeating();
+            if state.regs.rip != rip && !matches!(step, Step::Fault(_)) {
+                state.instruction_retired();
+            }
             if over && state.debug.steps() && !matches!(step, Step::Fault(_)) {
                 state.debug.instruction_over();
             } else if traps && over && !matches!(step, Step::Fault(_)) {

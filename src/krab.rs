@@ -39,6 +39,7 @@ mod irq;
 mod irq_eventfd;
 mod memory;
 mod msrs;
+mod pmu;
 mod run;
 mod slot_table;
 mod software;

@@ -11,8 +11,8 @@ use kernel::prelude::*;
 use crate::{
     abi::{
         run::{
-            self, ExitMsr, KVM_EXIT_INTR, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
-            KVM_SYNC_X86_VALID_FIELDS,
+            self, ExitHypercall, ExitMsr, KVM_EXIT_INTR, KVM_EXIT_UNKNOWN, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
+            KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
         },
         stats::VcpuStat,
         vcpu::KvmRegs,
@@ -35,7 +35,7 @@ use crate::{
         event::vector,
         exit::NestedFault,
         queue::{Entry, Readiness},
-        Event, Exception, Exit,
+        Event, Exception, Exit, Gpr,
     },
     irqchip::lapic::Lapic,
     mmu::guest_mem::GuestMem,
@@ -43,39 +43,18 @@ use crate::{
     vendor::{Vendor, VendorVcpu},
 };
 
-/// A window in which the vCPU may run; the drop ends it.
-struct Session<'a, V: Vendor> {
-    state: &'a mut State<V>,
-    begun: bool,
-}
-
-impl<V: Vendor> Session<'_, V> {
-    /// Loads the vCPU's hardware state for one stretch of interrupts off.
-    #[inline]
-    fn load<'a>(&'a mut self, irqs: &'a IrqsOff) -> Loaded<'a, V> {
-        if !self.begun {
-            self.begun = true;
-            self.state.hw.begin_window(irqs);
-        }
-        self.state.hw.load(irqs);
-        Loaded { state: self.state, irqs }
-    }
-}
-
-impl<V: Vendor> Drop for Session<'_, V> {
-    #[inline]
-    fn drop(&mut self) {
-        if self.begun {
-            self.state.hw.end_window();
-            self.state.take_back();
-        }
-    }
-}
-
 /// A vCPU whose hardware state is loaded; the drop unloads it, before interrupts are on.
 struct Loaded<'a, V: Vendor> {
     state: &'a mut State<V>,
     irqs: &'a IrqsOff,
+}
+
+impl<'a, V: Vendor> Loaded<'a, V> {
+    #[inline]
+    fn new(state: &'a mut State<V>, irqs: &'a IrqsOff) -> Self {
+        state.hw.load(irqs);
+        Self { state, irqs }
+    }
 }
 
 impl<V: Vendor> Drop for Loaded<'_, V> {
@@ -201,6 +180,14 @@ impl<V: Vendor> Vcpu<V> {
             Pending::EmulatedPortIn => core.emulator.complete_port_in(),
             Pending::MmioRead => return self.answer_read(core, self.run.load(run::EXIT_UNION + 8)),
             Pending::Emulation => {}
+            Pending::Hypercall { rip, next_rip, mask } => {
+                let answer: ExitHypercall = self.run.read(run::EXIT_UNION);
+                if core.state.regs.rip == rip {
+                    core.state.set_gpr(Gpr::Rax, answer.ret & mask);
+                    core.state.completed(next_rip);
+                }
+                return Ok(None);
+            }
             Pending::Msr { read, rip, next_rip } => {
                 let answer: ExitMsr = self.run.read(run::EXIT_UNION);
                 if answer.error != 0 {
@@ -224,6 +211,8 @@ impl<V: Vendor> Vcpu<V> {
         if self.run.load::<u8>(run::IMMEDIATE_EXIT) != 0 {
             return Err(EINTR);
         }
+        // For errors that say no more.
+        self.run.store(run::EXIT_REASON, KVM_EXIT_UNKNOWN);
         loop {
             if task::work_pending() {
                 task::handle_work()?;
@@ -305,6 +294,10 @@ impl<V: Vendor> Vcpu<V> {
         if requests & request::EOI_LISTENERS != 0 {
             core.state.hw.set_eoi_listeners(&self.vm.irq.eoi_listeners());
         }
+        if requests & request::EVENT_FILTER != 0 {
+            core.state.update_event_filter(&self.vm);
+        }
+        core.state.serve_pmu();
     }
 
     /// Sleeps until there is something for a vCPU that does not run.
@@ -330,88 +323,106 @@ impl<V: Vendor> Vcpu<V> {
         woken
     }
 
-    /// The inner ring.
+    /// The inner ring. Interrupts that came while they were off are taken between two of its windows.
     fn run_guest(&self, core: &mut Core<V>) -> Slow {
-        let Core { state, fpu, .. } = core;
-        let window = fpu.enter();
-        self.peer.stats.count(VcpuStat::FpuReload);
-        let asked = state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
-        let mut session = Session { state, begun: false };
         loop {
-            // Interrupts that came while they were off are taken between two rounds of this loop.
             let irqs = IrqsOff::new();
+            let guest_time = task::GuestTime::begin(&irqs);
             cpu::rcu_quiescent(&irqs);
-            if task::softirq_pending() {
-                return Slow::Work;
+            let ended = match core.state.tsc_lags() {
+                true => Some(Slow::Work),
+                false => self.run_window(core, &irqs),
+            };
+            core.state.hw.deliver_host_interrupt(&irqs);
+            drop(irqs);
+            drop(guest_time);
+            if let Some(slow) = ended {
+                core.state.take_back();
+                return slow;
             }
-            if session.state.tsc_lags() {
-                return Slow::Work;
+        }
+    }
+
+    /// One window. `None`: there is nothing to do but to let the host have its interrupts.
+    fn run_window(&self, core: &mut Core<V>, irqs: &IrqsOff) -> Option<Slow> {
+        let Core { state, fpu, .. } = core;
+        let asked = state.user_pic && self.run.load::<u8>(run::REQUEST_INTERRUPT_WINDOW) != 0;
+        let window = fpu.enter(irqs);
+        self.peer.stats.count(VcpuStat::FpuReload);
+        let loaded = Loaded::new(state, irqs);
+        let state = &mut *loaded.state;
+        state.load_counters(irqs);
+        loop {
+            if self.has_mail() {
+                state.drain_inbox(&self.vm, &self.peer);
+                if state.mp_state != MpState::Runnable {
+                    return Some(Slow::Work);
+                }
             }
-            let loaded = session.load(&irqs);
-            let state = &mut *loaded.state;
-            loop {
-                if self.has_mail() {
-                    state.drain_inbox(&self.vm, &self.peer);
-                    if state.mp_state != MpState::Runnable {
-                        return Slow::Work;
+            let Some(in_guest) = self.peer.kick.enter_guest(irqs) else {
+                if self.peer.kick.pending() == request::FLUSH_TLB && !task::work_pending() {
+                    self.peer.kick.take(request::FLUSH_TLB);
+                    state.forget_translations();
+                    // With a moment of interrupts: others may ask again and again.
+                    return None;
+                }
+                return Some(Slow::Work);
+            };
+            if self.has_mail() {
+                return None;
+            }
+            if state.hw.wants_pdptes() || state.hw.needs_software(&state.regs) {
+                return Some(Slow::Work);
+            }
+            if state.pmu.as_ref().is_some_and(|pmu| pmu.has_work()) {
+                return Some(Slow::Work);
+            }
+            let user_window = asked && state.accepts_user_interrupt();
+            if user_window && state.takes_user_interrupt() {
+                return Some(Slow::InterruptWindow);
+            }
+            let asked_pic = state.prepare_entry(self, user_window, irqs);
+            if state.events.triple_fault {
+                return Some(Slow::Work);
+            }
+            if asked_pic && in_guest.must_leave() {
+                // Taking the interrupt brought the next one: a kick by this very thread, for which nothing was sent. What goes in is
+                // on its way, and the exit follows at once.
+                cpu::interrupt_self(irqs);
+            }
+            trace::entry(self.peer.id, state.regs.rip);
+            state.debug.before_entry(&mut state.regs.rflags);
+            let exit = state.hw.run(&mut state.regs, &window, irqs);
+            state.debug.after_exit(&mut state.regs.rflags);
+            state.look_at_code(&exit, &in_guest);
+            state.take_written(&self.vm, irqs);
+            drop(in_guest);
+            trace::exit(self.peer.id, state.regs.rip, &exit);
+            self.peer.stats.exit(&exit);
+            state.after_exit();
+            match exit {
+                Exit::HostInterrupt | Exit::HostNmi => return None,
+                exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
+                    // An exit in the middle of an event's delivery comes before any host interrupt. If it leads to the next
+                    // such delivery, as #AC and #DB can without end, nothing but this lets the host have its turn.
+                    Handled::Resume if state.events.is_mid_delivery() => return None,
+                    // The guest may have changed its task priority without an exit.
+                    Handled::Resume if state.apic_user.shared_word.is_some() => return Some(Slow::Work),
+                    Handled::Resume if state.debug.has_stepped() => return Some(Slow::Work),
+                    Handled::Resume => {}
+                    Handled::Blocked => return Some(Slow::Work),
+                    Handled::Slow => {
+                        if matches!(exit, Exit::NestedFault(_)) {
+                            // Only the page is wanted.
+                            state.hw.leave_registers();
+                        }
+                        return Some(Slow::Exit(exit));
                     }
-                }
-                let Some(in_guest) = self.peer.kick.enter_guest(&irqs) else {
-                    if self.peer.kick.pending() == request::FLUSH_TLB && !task::work_pending() {
-                        self.peer.kick.take(request::FLUSH_TLB);
-                        state.forget_translations();
-                        // With a moment of interrupts: others may ask again and again.
-                        break;
-                    }
-                    return Slow::Work;
-                };
-                if self.has_mail() {
-                    break;
-                }
-                if state.hw.wants_pdptes() || state.hw.needs_software(&state.regs) {
-                    return Slow::Work;
-                }
-                let user_window = asked && state.accepts_user_interrupt();
-                if user_window && state.takes_user_interrupt() {
-                    return Slow::InterruptWindow;
-                }
-                let asked_pic = state.prepare_entry(self, user_window, &irqs);
-                if state.events.triple_fault {
-                    return Slow::Work;
-                }
-                if asked_pic && in_guest.must_leave() {
-                    // Taking the interrupt brought the next one: a kick by this very thread, for which nothing was sent. What goes in is
-                    // on its way, and the exit follows at once.
-                    cpu::interrupt_self(&irqs);
-                }
-                trace::entry(self.peer.id, state.regs.rip);
-                state.debug.before_entry(&mut state.regs.rflags);
-                let exit = state.hw.run(&mut state.regs, &window, &irqs);
-                state.debug.after_exit(&mut state.regs.rflags);
-                state.look_at_code(&exit, &in_guest);
-                state.take_written(&self.vm, &irqs);
-                drop(in_guest);
-                trace::exit(self.peer.id, state.regs.rip, exit.number());
-                self.peer.stats.exit(&exit);
-                state.after_exit();
-                match exit {
-                    Exit::HostInterrupt | Exit::HostNmi => break,
-                    exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
-                        // An exit in the middle of an event's delivery comes before any host interrupt. If it leads to the next
-                        // such delivery, as #AC and #DB can without end, nothing but this lets the host have its turn.
-                        Handled::Resume if state.events.is_mid_delivery() => break,
-                        // The guest may have changed its task priority without an exit.
-                        Handled::Resume if state.apic_user.shared_word.is_some() => return Slow::Work,
-                        Handled::Resume if state.debug.has_stepped() => return Slow::Work,
-                        Handled::Resume => {}
-                        Handled::Blocked => return Slow::Work,
-                        Handled::Slow => return Slow::Exit(exit),
-                        Handled::Device => match exit {
-                            Exit::NestedFault(fault) => return Slow::Device(fault),
-                            exit => return Slow::Exit(exit),
-                        },
+                    Handled::Device => match exit {
+                        Exit::NestedFault(fault) => return Some(Slow::Device(fault)),
+                        exit => return Some(Slow::Exit(exit)),
                     },
-                }
+                },
             }
         }
     }
@@ -426,7 +437,12 @@ impl<V: Vendor> State<V> {
 
     /// Reads the page-directory-pointer entries of PAE paging. Where there is no memory they are not present.
     #[cold]
-    fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+    pub(crate) fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+        let entries = self.read_pdptes(vm);
+        self.hw.set_pdptes(entries);
+    }
+
+    pub(crate) fn read_pdptes(&self, vm: &crate::vm::Vm<V>) -> [u64; 4] {
         let table = Gpa(self.hw.cr3() & 0xFFFF_FFE0);
         let mut entries = [0; 4];
         for (entry, at) in entries.iter_mut().zip(0..) {
@@ -435,7 +451,7 @@ impl<V: Vendor> State<V> {
                 *entry = u64::from_le_bytes(bytes);
             }
         }
-        self.hw.set_pdptes(entries);
+        entries
     }
 
     /// Puts the pages that hardware noted as written into the dirty log.
@@ -450,7 +466,9 @@ impl<V: Vendor> State<V> {
     fn look_at_code(&mut self, exit: &Exit, in_guest: &InGuest<'_>) {
         self.code = None;
         let wanted = match exit {
-            Exit::NestedFault(fault) => !fault.present && !fault.execute && self.hw.instruction_bytes().is_none(),
+            Exit::NestedFault(fault) => {
+                self.expects_device && !fault.present && !fault.execute && self.hw.instruction_bytes().is_none()
+            }
             Exit::Cpuid
             | Exit::Hypercall
             | Exit::Rdmsr

@@ -119,6 +119,18 @@ pub enum Exit {
     },
 }
 
+/// What a guest does without an exit, because userspace gives its CPUs to this guest alone. PAUSE never exits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unintercepted {
+    /// MONITOR and MWAIT.
+    pub mwait: bool,
+    pub hlt: bool,
+    /// Reading the MSRs that count how long a core slept.
+    pub sleep_counters: bool,
+    /// Reading APERF and MPERF.
+    pub frequency_counters: bool,
+}
+
 impl Exit {
     /// A number for tracepoints: the kinds that are told apart there.
     pub const fn number(&self) -> u32 {

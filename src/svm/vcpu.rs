@@ -5,7 +5,7 @@
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
-    cpu::{Asid, Svm},
+    cpu::{counter_permissions, Asid, Svm},
     exit, insn,
 };
 use crate::{
@@ -18,11 +18,11 @@ use crate::{
     glue::{
         cpu::{IrqsOff, VcpuId},
         fpu::Window,
-        phys::PhysBox,
+        phys::{Bytes, PhysBox},
     },
     guest::{
         event::{vector, Event, Exception},
-        Exit, Gpr, Regs, SystemRegs,
+        Exit, Gpr, Regs, SystemRegs, Unintercepted,
     },
     mmu::Npt,
     policy::{
@@ -86,6 +86,8 @@ pub(crate) struct SvmVcpu {
     /// EFER as the guest set it: hardware's copy has SVME, and LME only together with paging.
     guest_efer: u64,
     spec_ctrl: u64,
+    /// MSR permissions of its own, where the guest reads the CPU's counters.
+    counters: Option<PhysBox<Bytes<{ 2 * 4096 }>>>,
 }
 
 impl Vendor for Svm {
@@ -94,7 +96,7 @@ impl Vendor for Svm {
     /// VMMCALL.
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
-    fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
+    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<SvmVcpu> {
         let mut vcpu = SvmVcpu {
             host: self.clone(),
             id: VcpuId::new(),
@@ -105,18 +107,19 @@ impl Vendor for Svm {
             guest_cr0: 0,
             guest_efer: 0,
             spec_ctrl: 0,
+            counters: counter_permissions(&self.msr_permissions, free)?,
         };
         let control = &mut vcpu.vmcb.control;
         control.intercept_cr = CR_WRITES;
         control.intercept_dr = u32::MAX;
         control.intercept_exceptions = EXCEPTIONS;
-        control.intercept_misc1 = MISC1;
-        control.intercept_misc2 = MISC2;
+        control.intercept_misc1 = MISC1 & if free.hlt { !misc1::HLT } else { !0 };
+        control.intercept_misc2 = MISC2 & if free.mwait { !(misc2::MONITOR | misc2::MWAIT) } else { !0 };
         control.intercept_misc3 = MISC3;
         control.iopm_base = self.io_permissions.address().0;
-        control.msrpm_base = self.msr_permissions.address().0;
         control.int_ctl = int_ctl::V_INTR_MASKING;
         control.nested_ctl = 1;
+        vcpu.want_all_msrs(false);
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -528,7 +531,8 @@ impl VendorVcpu for SvmVcpu {
     fn set_user_steps(&mut self, _: bool) {}
 
     fn want_all_msrs(&mut self, wanted: bool) {
-        let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
+        let usual = self.counters.as_ref().unwrap_or(&self.host.msr_permissions);
+        let map = if wanted { &self.host.msr_all } else { usual };
         self.vmcb.control.msrpm_base = map.address().0;
     }
 
@@ -550,6 +554,10 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn set_pdptes(&mut self, _entries: [u64; 4]) {}
+
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        None
+    }
 
     #[inline]
     fn next_rip(&self) -> Option<u64> {
@@ -576,17 +584,11 @@ impl VendorVcpu for SvmVcpu {
     }
 
     #[inline]
-    fn begin_window(&mut self, irqs: &IrqsOff) {
+    fn load(&mut self, irqs: &IrqsOff) {
         self.host.separate(&self.id, irqs);
         insn::save_host(self.host.host_area(irqs), irqs);
         self.host.set_tsc_ratio(self.tsc_ratio, irqs);
     }
-
-    #[inline]
-    fn end_window(&mut self) {}
-
-    #[inline]
-    fn load(&mut self, _irqs: &IrqsOff) {}
 
     #[inline]
     fn unload(&mut self, _regs: &mut Regs, _irqs: &IrqsOff) {}

@@ -19,6 +19,7 @@ tests! { "host_state";
     host_hardware_breakpoint;
     guest_hardware_breakpoint_is_not_the_hosts;
     signal_mask_and_flags;
+    guest_time;
 }
 
 /// 16 YMM registers (or XMM in the lower halves when there is no AVX).
@@ -472,4 +473,38 @@ fn signal_mask_and_flags() {
         libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut now);
         assert_eq!(libc::sigismember(&now, libc::SIGUSR1), 1, "the mask is back");
     }
+}
+
+/// CPU time of this thread in ticks of 10 ms: all of it, and what was spent in guests (proc_pid_stat(5)).
+fn cpu_time() -> (u64, u64) {
+    let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("stat");
+    // The command's name may have blanks; the third field is behind it.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let field = |number: usize| fields[number - 3].parse::<u64>().expect("a number");
+    (field(14) + field(15), field(43))
+}
+
+fn guest_time() {
+    let g = Guest::long(hs_spin());
+    let spend = |what: &dyn Fn()| {
+        let before = cpu_time();
+        loop {
+            what();
+            let now = cpu_time();
+            if now.0 >= before.0 + 30 {
+                return (now.0 - before.0, now.1 - before.1);
+            }
+        }
+    };
+    let (all, guest) = spend(&|| {
+        let _kicks = sys::Kicks::after_us(50_000);
+        assert_eq!(g.cpu.run(), Err(EINTR));
+    });
+    assert!(guest > all / 2, "{guest} of {all} ticks are the guest's");
+    let (all, guest) = spend(&|| {
+        for _ in 0..1000 {
+            g.cpu.regs();
+        }
+    });
+    assert!(guest <= 1, "{guest} of {all} ticks are the guest's, and it did not run");
 }

@@ -11,6 +11,7 @@ pub mod control;
 pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
+pub mod disable_exits;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -21,8 +22,10 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod protection;
 pub mod random_state;
 pub mod real_mode;
+pub mod registers;
 pub mod safety;
 pub mod state;
 pub mod stress;
@@ -41,8 +44,10 @@ pub const GROUPS: &[Group] = &[
     debug::GROUP,
     tasks::GROUP,
     mmio::GROUP,
+    protection::GROUP,
     host_state::GROUP,
     state::GROUP,
+    registers::GROUP,
     tsc::GROUP,
     memory::GROUP,
     aging::GROUP,
@@ -50,6 +55,7 @@ pub const GROUPS: &[Group] = &[
     faults::GROUP,
     lapic::GROUP,
     deadline::GROUP,
+    disable_exits::GROUP,
     apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
