@@ -41,6 +41,8 @@ struct krab_host_features {
 	bool mwait;
 	/* A sibling that sleeps may leave return predictions of its own to this thread. */
 	bool smt_rsb;
+	/* The host takes its events by FRED and not through an IDT. */
+	bool fred;
 };
 
 void krab_host_features(struct krab_host_features *features);

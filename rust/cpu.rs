@@ -96,6 +96,30 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
     }
 }
 
+/// Reads an MSR: 0 when the CPU does not have it.
+#[inline]
+pub(crate) fn read_msr_or_zero(msr: u32) -> u64 {
+    let (mut low, mut high) = (0_u32, 0_u32);
+    // SAFETY: reading an MSR changes nothing. A fault is caught by the exception table, and leaves the registers as they are.
+    unsafe {
+        asm!(
+            "2: rdmsr",
+            "3:",
+            ".pushsection \"__ex_table\", \"a\"",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1",
+            ".popsection",
+            in("ecx") msr,
+            inout("eax") low,
+            inout("edx") high,
+            options(att_syntax, nostack)
+        );
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// Writes an MSR. `EIO` when the CPU refuses.
 ///
 /// # Safety
@@ -201,6 +225,14 @@ pub(crate) fn write_pred_cmd(value: u64) {
     let _ = unsafe { write_msr(msr::PRED_CMD, value) };
 }
 
+/// What follows does not depend on branches that came before. For CPUs that have the barrier.
+#[inline]
+pub(crate) fn barrier() {
+    /// PRED_CMD: a whole barrier.
+    const IBPB: u64 = 1;
+    write_pred_cmd(IBPB);
+}
+
 /// Writes FLUSH_CMD: an L1 data cache flush, for a guest that asks for one. Ignored where the CPU has none.
 pub(crate) fn write_flush_cmd(value: u64) {
     // SAFETY: as above.
@@ -223,14 +255,14 @@ impl VcpuId {
 pub(crate) struct LastVcpu(Cell<u64>);
 
 impl LastVcpu {
-    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction.
+    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction. `shared`: another hypervisor's
+    /// guest may have run here since.
     #[inline]
-    pub(crate) fn separate(&self, vcpu: &VcpuId, features: &HostFeatures, irqs: &IrqsOff) {
-        /// PRED_CMD: a whole barrier.
-        const IBPB: u64 = 1;
-        if self.0.replace(vcpu.0) != vcpu.0 && features.ibpb {
+    pub(crate) fn separate(&self, vcpu: &VcpuId, shared: bool, features: &HostFeatures, irqs: &IrqsOff) {
+        let changes = self.0.replace(vcpu.0) != vcpu.0;
+        if (changes || shared) && features.ibpb {
             // Each vCPU is a prediction domain of its own.
-            write_pred_cmd(IBPB);
+            barrier();
         }
         if features.ibpb_exit_to_user {
             ibpb_before_user(irqs);

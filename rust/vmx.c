@@ -105,11 +105,11 @@ void krab_vmx_host_nmi(void)
 
 /*
  * The vector whose interrupt a guest's CPU takes for itself, or 0. The kernel has a handler for it that does nothing, for KVM: so it may come
- * at any time. With FRED the gates that krab_vmx_host_interrupt() goes through are not there.
+ * at any time. It is not used with FRED, where the gates that krab_vmx_host_interrupt() goes through are not there.
  */
 u8 krab_vmx_notification_vector(void)
 {
-	return IS_ENABLED(CONFIG_KVM) && !cpu_feature_enabled(X86_FEATURE_FRED) ? POSTED_INTR_VECTOR : 0;
+	return IS_ENABLED(CONFIG_KVM) ? POSTED_INTR_VECTOR : 0;
 }
 
 /* enter.S */

@@ -34,7 +34,7 @@ impl TaskState {
         let mut task = bindings::krab_vmx_task::default();
         // SAFETY: `task` is valid for writing.
         unsafe { bindings::krab_vmx_save_task(&mut task) };
-        task.kernel_gs_base = cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0);
+        task.kernel_gs_base = cpu::read_msr_or_zero(msr::KERNEL_GS_BASE);
         Self(task)
     }
 
@@ -45,7 +45,7 @@ impl TaskState {
 
     /// The guest's KERNEL_GS_BASE, which is in the CPU now.
     pub(crate) fn guest_kernel_gs_base(&self) -> u64 {
-        cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0)
+        cpu::read_msr_or_zero(msr::KERNEL_GS_BASE)
     }
 
     /// Brings it back, with the limits of GDT and task segment that VM exits changed. On the CPU of [`save`](Self::save), before preemption
@@ -97,7 +97,7 @@ impl SyscallMsrs {
     /// What is loaded now. Not always the host's: KVM leaves its guest's values until the next return to user mode, and must find
     /// them again.
     pub(crate) fn read(_irqs: &IrqsOff) -> Self {
-        Self(Self::NUMBERS.map(|number| cpu::read_msr(number).unwrap_or(0)))
+        Self(Self::NUMBERS.map(|number| cpu::read_msr_or_zero(number)))
     }
 
     /// Replaces `self`, which is loaded, with `other`. With preemption off, and the host's must be back before it is on.
@@ -124,7 +124,7 @@ impl DebugControl {
     /// Reads it, before the first entry with interrupts off.
     #[inline]
     pub(crate) fn read(_irqs: &IrqsOff) -> Self {
-        Self(cpu::read_msr(msr::DEBUGCTL).unwrap_or(0))
+        Self(cpu::read_msr_or_zero(msr::DEBUGCTL))
     }
 
     /// Brings it back, before interrupts are on.
@@ -151,7 +151,7 @@ impl CacheFlush {
     pub(crate) fn new(features: &cpu::HostFeatures) -> Result<Self> {
         /// ARCH_CAPABILITIES: an outer hypervisor flushes.
         const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
-        if !features.l1tf || cpu::read_msr(msr::ARCH_CAPABILITIES).unwrap_or(0) & SKIP_L1DFL_VMENTRY != 0 {
+        if !features.l1tf || cpu::read_msr_or_zero(msr::ARCH_CAPABILITIES) & SKIP_L1DFL_VMENTRY != 0 {
             Ok(Self::Unneeded)
         } else if features.flush_l1d {
             Ok(Self::Command)

@@ -50,6 +50,7 @@ use crate::{
     },
     msrs::MsrFilter,
     new_killable_mutex,
+    pmu::VcpuPmu,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
     stats::{VcpuStats, VmStats},
     to_user::LocalApicUser,
@@ -73,6 +74,8 @@ pub(crate) mod request {
     pub(crate) const LOG_WRITES: u64 = 1 << 6;
     /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
     pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
+    /// The VM has another filter of events that may be counted.
+    pub(crate) const EVENT_FILTER: u64 = 1 << 7;
 }
 
 /// What other threads see of a vCPU.
@@ -300,6 +303,12 @@ pub(crate) enum Pending {
     MmioRead,
     /// The emulator has more to do.
     Emulation,
+    /// A hypercall at `rip`, whose result userspace gives; `mask`: bits that it has.
+    Hypercall {
+        rip: u64,
+        next_rip: u64,
+        mask: u64,
+    },
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
     Msr {
         read: bool,
@@ -317,6 +326,8 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
     pub(crate) caps: GuestCaps,
     pub(crate) msrs: KBox<MsrState>,
+    /// Performance counters, if the guest has any.
+    pub(crate) pmu: Option<KBox<VcpuPmu>>,
     /// Accesses that userspace denies.
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// The guest may use only those paravirtual features that its CPUID shows.
@@ -452,6 +463,7 @@ impl<V: Vendor> Vcpu<V> {
             cpuid,
             caps,
             msrs,
+            pmu: None,
             msr_filter,
             enforce_pv: false,
             pv_features: u32::MAX,

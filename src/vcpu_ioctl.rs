@@ -27,10 +27,12 @@ use crate::{
         caps::GuestCaps,
         cpuid_table::{withhold_unhalt, CpuidTable},
         msr::{By, Reported},
+        vmx::pdpte,
     },
     stats::StatsFile,
     vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    vm::Vm,
 };
 
 /// Reads the argument, calls `f` with it, returns 0.
@@ -61,6 +63,11 @@ impl<V: Vendor> Vcpu<V> {
             }),
             KVM_GET_SREGS => give(at, &core.state.sregs()),
             KVM_SET_SREGS => with(at, |sregs: KvmSregs| core.set_sregs(self, &sregs)),
+            KVM_GET_SREGS2 => {
+                let pdptrs = core.state.pdptrs(vm);
+                give(at, &KvmSregs2::new(&core.state.sregs(), pdptrs))
+            }
+            KVM_SET_SREGS2 => with(at, |sregs: KvmSregs2| core.set_sregs2(self, &sregs)),
             KVM_GET_FPU => give(at, &core.fpu()),
             KVM_SET_FPU => with(at, |fpu: KvmFpu| core.set_fpu(&fpu)),
             KVM_TRANSLATE => {
@@ -119,6 +126,20 @@ impl<V: Vendor> Vcpu<V> {
                 let written = core.state.write_msr(vm, Some(&mut core.fpu), entry.index, entry.data, By::Host);
                 written.map_err(|_| EINVAL)
             }),
+            KVM_GET_ONE_REG | KVM_SET_ONE_REG => with(at, |reg: KvmOneReg| {
+                let index = one_reg_msr(reg.id).ok_or(EINVAL)?;
+                if cmd == KVM_GET_ONE_REG {
+                    let read = core.state.read_msr(vm, Some(&core.fpu), index, By::Host);
+                    return user::write(Hva(reg.addr), &read.map_err(|_| EINVAL)?);
+                }
+                let value: u64 = user::read(Hva(reg.addr))?;
+                let written = core.state.write_msr(vm, Some(&mut core.fpu), index, value, By::Host);
+                written.map_err(|_| EINVAL)
+            }),
+            KVM_GET_REG_LIST => {
+                let _room: u64 = user::read(at)?;
+                give(at, &0u64)
+            }
             KVM_SET_CPUID2 => with(at, |head: KvmCpuid2| core.set_cpuid(self, at, &head)),
             KVM_GET_CPUID2 => {
                 let mut head: KvmCpuid2 = user::read(at)?;
@@ -296,6 +317,17 @@ impl<V: Vendor> State<V> {
         KvmSregs::new(&regs, self.apic_base(), queued)
     }
 
+    /// The page-directory-pointer entries of a guest with PAE paging.
+    fn pdptrs(&mut self, vm: &Vm<V>) -> Option<[u64; 4]> {
+        if !pdpte::in_use(self.hw.cr0(), self.hw.cr4(), self.hw.efer()) {
+            return None;
+        }
+        if self.hw.wants_pdptes() {
+            self.load_pdptes(vm);
+        }
+        Some(self.hw.pdptes().unwrap_or_else(|| self.read_pdptes(vm)))
+    }
+
     pub(crate) fn vcpu_events(&self, enabled: &Enabled) -> KvmVcpuEvents {
         let mut events = KvmVcpuEvents::new_zeroed();
         let unfinished_exception = match self.events.unfinished {
@@ -356,6 +388,31 @@ impl<V: Vendor> Core<V> {
     }
 
     pub(crate) fn set_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
+        self.set_common_sregs(vcpu, sregs)?;
+        let mut vectors = sregs.interrupt_bitmap.iter().enumerate().filter(|(_, word)| **word != 0);
+        let queued = vectors.next().map(|(n, word)| (n * 64) as u8 + word.trailing_zeros() as u8);
+        match (&self.state.lapic, queued) {
+            (None, queued) => self.state.user_interrupt = queued,
+            (Some(_), Some(vector)) => self.state.events.unfinished = Some(Event::Interrupt(vector)),
+            (Some(_), None) => {}
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_SREGS2: no interrupt, but the four entries of PAE paging. Where the CPU has them in no registers it goes by memory.
+    fn set_sregs2(&mut self, vcpu: &Vcpu<V>, sregs2: &KvmSregs2) -> Result {
+        let (sregs, pdptrs) = sregs2.parts().ok_or(EINVAL)?;
+        if pdptrs.is_some() && !pdpte::in_use(sregs.cr0, sregs.cr4, sregs.efer) {
+            return Err(EINVAL);
+        }
+        self.set_common_sregs(vcpu, &sregs)?;
+        if let Some(entries) = pdptrs {
+            self.state.hw.set_pdptes(entries);
+        }
+        Ok(())
+    }
+
+    fn set_common_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
         let state = &mut self.state;
         let regs = SystemRegs::from(sregs);
         let allowed = Allowed {
@@ -367,22 +424,14 @@ impl<V: Vendor> Core<V> {
         if !check::system_regs_valid(&regs, &allowed) {
             return Err(EINVAL);
         }
-        let mut vectors = sregs.interrupt_bitmap.iter().enumerate().filter(|(_, word)| **word != 0);
-        let queued = vectors.next().map(|(n, word)| (n * 64) as u8 + word.trailing_zeros() as u8);
         match &mut state.lapic {
             Some(lapic) => {
                 let bits = state.caps.physical_bits.into();
                 let work = lapic.write_base(sregs.apic_base, bits, true).map_err(|_| EINVAL)?;
                 lapic.set_cr8(regs.cr8 as u8);
                 state.lapic_work(&vcpu.vm, work);
-                if let Some(vector) = queued {
-                    state.events.unfinished = Some(Event::Interrupt(vector));
-                }
             }
-            None => {
-                state.set_user_apic_base(sregs.apic_base).map_err(|_| EINVAL)?;
-                state.user_interrupt = queued;
-            }
+            None => state.set_user_apic_base(sregs.apic_base).map_err(|_| EINVAL)?,
         }
         state.cr8 = regs.cr8 as u8;
         state.hw.set_tpr(state.cr8);
@@ -460,6 +509,7 @@ impl<V: Vendor> Core<V> {
         self.state.caps = caps;
         self.state.hw.set_cr4_allowed(caps.cr4);
         self.state.update_pv_features();
+        self.state.reset_pmu(&vcpu.vm)?;
         Ok(())
     }
 

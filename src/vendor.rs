@@ -60,6 +60,11 @@ pub(crate) trait Vendor: Hardware + Sized {
         false
     }
 
+    /// Whether the host's counters can be turned on for guests alone: [`VendorVcpu::enable_counters`].
+    fn counts_guests(&self) -> bool {
+        false
+    }
+
     /// Whether its CPUs know a page of host memory as the local APIC's window.
     fn has_apic_page(&self) -> bool {
         false
@@ -178,6 +183,10 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Takes back to `lapic` what the CPU has.
     fn take_back(&mut self, _lapic: &mut Lapic) {}
 
+    /// Which of the host's performance counters count in this guest, where [`Vendor::counts_guests`]: bits of IA32_PERF_GLOBAL_CTRL. After
+    /// `load`, until the next.
+    fn enable_counters(&mut self, _enabled: u64, _irqs: &IrqsOff) {}
+
     /// Whether the CPU cannot run the guest in the state that it is in, so that software has to.
     #[inline]
     fn needs_software(&self, _regs: &Regs) -> bool {
@@ -190,6 +199,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// an instruction of its own, and the CPU keeps the four entries in registers.
     fn wants_pdptes(&self) -> bool;
     fn set_pdptes(&mut self, entries: [u64; 4]);
+    /// Those in the CPU's registers, if it keeps them there. Not while `wants_pdptes`.
+    fn pdptes(&self) -> Option<[u64; 4]>;
 
     /// RIP behind the instruction that exited, where the CPU tells it.
     fn next_rip(&self) -> Option<u64>;

@@ -136,6 +136,15 @@ layout! {
         8 ranges: [KvmMsrFilterRange; 16],
     }
 
+    /// `struct kvm_pmu_event_filter`: KVM_SET_PMU_EVENT_FILTER, followed by `nevents` words of 64 bits.
+    struct KvmPmuEventFilter: 32 {
+        0 action: u32,
+        4 nevents: u32,
+        8 fixed_counter_bitmap: u32,
+        12 flags: u32,
+        16 pad: [u32; 4],
+    }
+
     /// `struct kvm_pre_fault_memory`: KVM_PRE_FAULT_MEMORY.
     struct KvmPreFaultMemory: 64 {
         0 gpa: u64,
@@ -148,6 +157,12 @@ layout! {
 pub const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
 pub const KVM_MEM_READONLY: u32 = 1 << 1;
 pub const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
+
+pub const KVM_PMU_EVENT_ALLOW: u32 = 0;
+pub const KVM_PMU_EVENT_DENY: u32 = 1;
+pub const KVM_PMU_EVENT_FLAG_MASKED_EVENTS: u32 = 1 << 0;
+/// KVM_CAP_PMU_CAPABILITY: no performance counters for this VM.
+pub const KVM_PMU_CAP_DISABLE: u64 = 1 << 0;
 
 /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_GET_DIRTY_LOG does not write-protect, KVM_CLEAR_DIRTY_LOG does.
 pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;

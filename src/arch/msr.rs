@@ -53,7 +53,12 @@ pub const PAT: u32 = 0x277;
 /// CTL2 of machine-check bank N is at this plus N.
 pub const MC0_CTL2: u32 = 0x280;
 pub const MTRR_DEF_TYPE: u32 = 0x2FF;
+/// First of the fixed performance counters.
+pub const FIXED_CTR0: u32 = 0x309;
+pub const FIXED_CTR_CTRL: u32 = 0x38D;
+pub const PERF_GLOBAL_STATUS: u32 = 0x38E;
 pub const PERF_GLOBAL_CTRL: u32 = 0x38F;
+pub const PERF_GLOBAL_OVF_CTRL: u32 = 0x390;
 /// How long a core slept, by depth of sleep.
 pub const CORE_C3_RESIDENCY: u32 = 0x3FC;
 pub const CORE_C6_RESIDENCY: u32 = 0x3FD;

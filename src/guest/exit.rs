@@ -38,6 +38,24 @@ pub struct RegisterMove {
     pub gpr: Option<u8>,
 }
 
+/// What makes a guest change to another task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskSource {
+    Call,
+    Iret,
+    Jump,
+    /// A task gate in the IDT.
+    Gate,
+}
+
+/// A change to another task, which the CPU leaves to software.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskSwitch {
+    /// Of the new task's state segment.
+    pub selector: u16,
+    pub source: TaskSource,
+}
+
 /// Why the guest stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -71,6 +89,7 @@ pub enum Exit {
     ControlRegister(RegisterMove),
     DebugRegister(RegisterMove),
     NestedFault(NestedFault),
+    TaskSwitch(TaskSwitch),
     /// The guest lowered CR8, and somebody waits for that; the instruction is over.
     PriorityLowered,
     /// Hardware's log of written pages was full; it has been emptied.

@@ -9,6 +9,7 @@ use crate::abi::vcpu::{KvmCpuidEntry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 use crate::abi::FromZeros;
 use crate::arch::cpuid::*;
 use crate::arch::cr::{cr4, efer};
+use crate::policy::pmu::PmuCaps;
 use std::{collections::BTreeMap, vec, vec::Vec};
 
 const fn name(text: &[u8; 12]) -> [u32; 3] {
@@ -90,6 +91,7 @@ const FULL: HostFeatures = HostFeatures {
     la57: true,
     nested_address_bits: 48,
     pv_features: PV_FEATURES,
+    pmu: PmuCaps::NONE,
 };
 
 const POOR: HostFeatures = HostFeatures {
@@ -102,6 +104,7 @@ const POOR: HostFeatures = HostFeatures {
     la57: false,
     nested_address_bits: 40,
     pv_features: 0,
+    pmu: PmuCaps::NONE,
 };
 
 fn table(host: impl Fn(u32, u32) -> [u32; 4], features: &HostFeatures) -> CpuidTable<Vec<KvmCpuidEntry2>> {

@@ -77,7 +77,7 @@ impl Svm {
             );
             return Err(ENODEV);
         }
-        if cpu::read_msr(msr::VM_CR).unwrap_or(0) & VM_CR_SVMDIS != 0 {
+        if cpu::read_msr_or_zero(msr::VM_CR) & VM_CR_SVMDIS != 0 {
             pr_err!("SVM is disabled by firmware: turn it on in the firmware's setup (often called SVM mode)\n");
             return Err(EPERM);
         }
@@ -120,7 +120,8 @@ impl Svm {
     /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
-        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
+        // The CPUs are ours alone while we have guests.
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, false, &self.features, irqs);
     }
 
     /// This CPU's save area for what VMRUN does not save.

@@ -81,7 +81,7 @@ pub(crate) struct SvmVcpu {
     asid: Asid,
     flush_wanted: bool,
     tsc_ratio: Ratio,
-    /// CR0 as the guest set it: hardware's copy has caching on.
+    /// CR0 as the guest set it: hardware's copy has caching on, and the newest TS.
     guest_cr0: u64,
     /// EFER as the guest set it: hardware's copy has SVME, and LME only together with paging.
     guest_efer: u64,
@@ -161,10 +161,9 @@ impl SvmVcpu {
         [&mut save.es, &mut save.cs, &mut save.ss, &mut save.ds, &mut save.fs, &mut save.gs]
     }
 
-    /// Gives hardware what CR0 and EFER come to. Both are intercepted, so the guest sees only its own.
+    /// Gives hardware what EFER comes to. Writes are intercepted, so the guest sees only its own.
     fn update_mode(&mut self) {
         let save = &mut self.vmcb.save;
-        save.cr0 = self.guest_cr0 & !(cr0::CD | cr0::NW);
         // LME means nothing without paging. An emulated CPU that exits from a guest with LME but without PAE takes the host's CR0.PG
         // for the guest's step into long mode, refuses it, and leaves the host without paging.
         let unused = if self.guest_cr0 & cr0::PG == 0 { efer::LME } else { 0 };
@@ -232,10 +231,10 @@ impl VendorVcpu for SvmVcpu {
         SystemRegs {
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(from_raw),
             ldtr: from_raw(&save.ldtr),
-            tr: from_raw(&save.tr),
+            tr: self.tr(),
             gdtr: table(&save.gdtr),
             idtr: table(&save.idtr),
-            cr0: self.guest_cr0,
+            cr0: self.cr0(),
             cr2: save.cr2,
             cr3: save.cr3,
             cr4: save.cr4,
@@ -285,7 +284,13 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn tr(&self) -> Segment {
-        from_raw(&self.vmcb.save.tr)
+        /// Type bit 1: after a task switch an emulated CPU leaves it out.
+        const BUSY: u16 = 2;
+        let mut tr = from_raw(&self.vmcb.save.tr);
+        if tr.attributes.present() {
+            tr.attributes.0 |= BUSY;
+        }
+        tr
     }
 
     fn gdtr(&self) -> DescriptorTable {
@@ -306,11 +311,13 @@ impl VendorVcpu for SvmVcpu {
 
     #[inline]
     fn cr0(&self) -> u64 {
-        self.guest_cr0
+        // A task switch sets TS without an exit.
+        self.guest_cr0 & !cr0::TS | self.vmcb.save.cr0 & cr0::TS
     }
 
     fn set_cr0(&mut self, value: u64) {
         self.guest_cr0 = value;
+        self.vmcb.save.cr0 = value & !(cr0::CD | cr0::NW);
         self.update_mode();
         // The guest must not see through a read that its caches are on.
         let Vmcb { control, save } = &mut *self.vmcb;
@@ -547,6 +554,10 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn set_pdptes(&mut self, _entries: [u64; 4]) {}
+
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        None
+    }
 
     #[inline]
     fn next_rip(&self) -> Option<u64> {

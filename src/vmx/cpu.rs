@@ -4,12 +4,12 @@
 
 use core::{
     cell::Cell,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use kernel::{prelude::*, sync::Arc};
 
-use super::insn::Operation;
+use super::insn::{self, Operation};
 use crate::{
     arch::{
         cpuid::leaf7_ecx,
@@ -58,6 +58,9 @@ pub(crate) struct Vmx {
     pub(super) notification_vector: Option<u8>,
     cache_flush: CacheFlush,
     vpids: Vpids,
+    /// Another hypervisor was seen. It knows nothing of our guests, nor we of its: each may believe that the last one to run on a CPU was its
+    /// own.
+    shared: AtomicBool,
 }
 
 impl Vmx {
@@ -80,7 +83,11 @@ impl Vmx {
             return Err(EPERM);
         }
         let [signature, ..] = cpu::cpuid(1, 0);
-        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
+        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr_or_zero(number));
+        if options.posted && features.fred {
+            pr_info!("this host takes its interrupts by FRED: posted interrupts stay off\n");
+        }
+        let options = Options { fred: features.fred, ..options };
         let mut config = negotiate(&capabilities, options).map_err(|refusal| {
             pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
             error::unsupported()
@@ -118,6 +125,7 @@ impl Vmx {
                 notification_vector,
                 cache_flush,
                 vpids,
+                shared: false.into(),
             },
             GFP_KERNEL,
         )?)
@@ -126,7 +134,25 @@ impl Vmx {
     /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
-        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
+        let shared = self.is_shared(irqs);
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, shared, &self.features, irqs);
+    }
+
+    /// The vCPU has left this CPU for now. Preemption is off.
+    #[inline]
+    pub(super) fn leave(&self) {
+        if self.shared.load(Ordering::Relaxed) && self.features.ibpb {
+            cpu::barrier();
+        }
+    }
+
+    /// Whether another hypervisor runs guests on this host, or has done so. Krab is in no VMX operation here.
+    #[inline]
+    fn is_shared(&self, irqs: &IrqsOff) -> bool {
+        if insn::is_on(irqs) {
+            self.shared.store(true, Ordering::Relaxed);
+        }
+        self.shared.load(Ordering::Relaxed)
     }
 
     /// Host code ran on this CPU: nothing of what it used may be in the cache for a guest to read by L1TF.
@@ -139,7 +165,7 @@ impl Vmx {
     #[inline]
     pub(super) fn read_perf_global_ctrl(&self) -> u64 {
         match self.perf_global_ctrl {
-            true => cpu::read_msr(msr::PERF_GLOBAL_CTRL).unwrap_or(0),
+            true => cpu::read_msr_or_zero(msr::PERF_GLOBAL_CTRL),
             false => 0,
         }
     }
@@ -202,7 +228,7 @@ impl Hardware for Vmx {
 }
 
 fn firmware_allows() -> bool {
-    enabled_by_firmware(cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0))
+    enabled_by_firmware(cpu::read_msr_or_zero(msr::FEATURE_CONTROL))
 }
 
 /// One bit for each of the 65536 identifiers. 0 is the host's.

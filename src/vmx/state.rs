@@ -49,6 +49,8 @@ const SEGMENTS: [SegmentFields; 8] = {
     [es, cs, ss, ds, fs, gs, SegmentFields::LDTR, SegmentFields::TR]
 };
 
+const PDPTES: [Guest64; 4] = [Guest64::Pdpte0, Guest64::Pdpte1, Guest64::Pdpte2, Guest64::Pdpte3];
+
 /// What the guest changes without an exit, because nothing depends on it outside the guest. CR4's only as far as its CPUID has them.
 const CR0_OWNED: u64 = cr0::TS;
 const CR4_OWNED: u64 =
@@ -420,6 +422,19 @@ impl GuestState {
         self.changed(group::PDPTES);
     }
 
+    /// The entries that the guest goes by, in process context: it brings new ones whenever it writes CR3.
+    #[cold]
+    pub(super) fn pdptes(&self, machine: &Machine) -> [u64; 4] {
+        if self.dirty & group::PDPTES != 0 || machine.lost.get() {
+            return self.pdptes;
+        }
+        let irqs = IrqsOff::new();
+        machine.load(&irqs);
+        let entries = PDPTES.map(|field| machine.vmcs.peek(field));
+        machine.unload(&irqs);
+        entries
+    }
+
     /// Everything but CR8.
     pub(super) fn system_regs(&self, machine: &Machine) -> SystemRegs {
         let [es, cs, ss, ds, fs, gs, ldtr, tr] = core::array::from_fn(|number| self.segment(machine, number));
@@ -544,8 +559,7 @@ impl GuestState {
             vmcs.write(Guest64::Pat, self.pat);
         }
         if dirty & group::PDPTES != 0 {
-            let fields = [Guest64::Pdpte0, Guest64::Pdpte1, Guest64::Pdpte2, Guest64::Pdpte3];
-            for (field, entry) in fields.into_iter().zip(self.pdptes) {
+            for (field, entry) in PDPTES.into_iter().zip(self.pdptes) {
                 vmcs.write(field, entry);
             }
         }

@@ -89,6 +89,8 @@ pub(crate) struct VmxVcpu {
     pub(super) wanted: u32,
 
     pub(super) flush: u8,
+    /// IA32_PERF_GLOBAL_CTRL in the guest, as the VMCS has it or is to have it at first.
+    pub(super) perf_global_ctrl: u64,
     /// The host's interrupt that the last exit acknowledged, and that the host does not know of yet.
     pub(super) acknowledged: Option<u8>,
     /// Where the vCPU ran last; a number that no CPU has before.
@@ -148,6 +150,7 @@ impl Vendor for Vmx {
             next_rip: None,
             wanted: 0,
             flush: flush::NESTED,
+            perf_global_ctrl: 0,
             acknowledged: None,
             last_cpu: usize::MAX,
             host_fields: HostFields::UNWRITTEN,
@@ -198,6 +201,10 @@ impl Vendor for Vmx {
 
     fn takes_posted(&self) -> bool {
         self.notification_vector.is_some()
+    }
+
+    fn counts_guests(&self) -> bool {
+        self.perf_global_ctrl
     }
 
     fn has_apic_page(&self) -> bool {
@@ -586,6 +593,13 @@ impl VendorVcpu for VmxVcpu {
     }
 
     #[inline]
+    fn enable_counters(&mut self, enabled: u64, irqs: &IrqsOff) {
+        if enabled != self.perf_global_ctrl {
+            self.write_counters(enabled, irqs);
+        }
+    }
+
+    #[inline]
     fn needs_software(&self, regs: &Regs) -> bool {
         !self.machine.host.config.features.unrestricted_guest
             && (!restricted::mode_fits(self.state.cr0_mode())
@@ -603,6 +617,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn set_pdptes(&mut self, entries: [u64; 4]) {
         self.state.set_pdptes(entries, self.machine.host.physical_bits);
+    }
+
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        Some(self.state.pdptes(&self.machine))
     }
 
     #[inline]
@@ -643,6 +661,7 @@ impl VendorVcpu for VmxVcpu {
         if let Some(task) = self.task.take() {
             self.loaded_syscall.replace(&self.host_syscall);
             self.state.kernel_gs_base = task.restore();
+            self.machine.host.leave();
         }
     }
 

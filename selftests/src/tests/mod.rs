@@ -25,9 +25,11 @@ pub mod mmio;
 pub mod protection;
 pub mod random_state;
 pub mod real_mode;
+pub mod registers;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod tasks;
 pub mod tsc;
 pub mod vmms;
 pub mod windows;
@@ -40,10 +42,12 @@ pub const GROUPS: &[Group] = &[
     hypercall::GROUP,
     exceptions::GROUP,
     debug::GROUP,
+    tasks::GROUP,
     mmio::GROUP,
     protection::GROUP,
     host_state::GROUP,
     state::GROUP,
+    registers::GROUP,
     tsc::GROUP,
     memory::GROUP,
     aging::GROUP,
