@@ -2,7 +2,6 @@
 //! The filter and the table over CPUs made up for the purpose: one like AMD's Zen 4, one like Intel's Ice Lake.
 #![forbid(unsafe_code)]
 
-use crate::policy::pmu::PmuCaps;
 use super::cpuid::{is_indexed, supported, xsave_bytes, HostFeatures, TooSmall, PV_FEATURES};
 use super::cpuid_table::{BadTable, CpuidTable, Dynamic};
 use super::GuestCaps;
@@ -10,6 +9,7 @@ use crate::abi::vcpu::{KvmCpuidEntry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 use crate::abi::FromZeros;
 use crate::arch::cpuid::*;
 use crate::arch::cr::{cr4, efer};
+use crate::policy::pmu::PmuCaps;
 use std::{collections::BTreeMap, vec, vec::Vec};
 
 const fn name(text: &[u8; 12]) -> [u32; 3] {

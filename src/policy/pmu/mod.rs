@@ -264,9 +264,9 @@ impl Pmu {
 
     /// A counter's value, when the host's has counted `counted` more.
     pub fn value(&self, counter: usize, counted: u64) -> u64 {
-        self.counters.get(counter).map_or(0, |it| {
-            it.value.wrapping_add(it.by_software).wrapping_add(counted) & self.caps.mask(counter)
-        })
+        self.counters
+            .get(counter)
+            .map_or(0, |it| it.value.wrapping_add(it.by_software).wrapping_add(counted) & self.caps.mask(counter))
     }
 
     /// RDMSR of anything but a counter.

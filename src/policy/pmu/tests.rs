@@ -192,7 +192,9 @@ fn filters_decide() {
     let list = [0xC0u64, 0x01C2, 1 << 40 | 0x3C];
     let allow = Filter::new(&head(KVM_PMU_EVENT_ALLOW, 0, 3), &list[..]).unwrap();
     let deny = Filter::new(&head(KVM_PMU_EVENT_DENY, 0, 3), &list[..]).unwrap();
-    for (select, listed) in [(0xC0, true), (0xC0 | EN | OS | 1 << 24, true), (0x01C0, false), (0x01C2, true), (0x3C, false)] {
+    for (select, listed) in
+        [(0xC0, true), (0xC0 | EN | OS | 1 << 24, true), (0x01C0, false), (0x01C2, true), (0x3C, false)]
+    {
         assert_eq!((allow.allows(0, select), deny.allows(0, select)), (listed, !listed), "{select:#x}");
     }
     // Fixed counters have a word of their own.
