@@ -249,7 +249,7 @@ fn interrupted_deliveries() {
     let unfinished = Some(Event::Exception(Exception::with_code(vector::GP, 0x10)));
     assert_eq!(with_code(reason::EPT_VIOLATION).qualification(0x182).gpa(0).decode().unfinished, unfinished);
     assert_eq!(with_code(reason::APIC_ACCESS).qualification(0x3000).decode().unfinished, unfinished);
-    assert_eq!(with_code(reason::TASK_SWITCH).decode().unfinished, unfinished);
+    assert_eq!(with_code(reason::TASK_SWITCH).qualification(0).decode().unfinished, unfinished);
     assert_eq!(with_code(reason::TRIPLE_FAULT).guest(), Exit::Shutdown);
 }
 
@@ -289,7 +289,7 @@ fn failures() {
     assert_eq!(misconfigured, VmExit::EptMisconfiguration(Gpa(0x5000)));
     let pml = Table::new(reason::PML_FULL).vectoring(0).qualification(0).exit();
     assert_eq!(pml, VmExit::PmlFull);
-    for number in [reason::TASK_SWITCH, reason::INVLPG, reason::GDTR_IDTR, reason::SIPI, 0xFFFF] {
+    for number in [reason::INVLPG, reason::GDTR_IDTR, reason::SIPI, 0xFFFF] {
         assert_eq!(Table::new(number).vectoring(0).guest(), Exit::Unknown { reason: number.into() });
     }
 }
