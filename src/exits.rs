@@ -488,7 +488,9 @@ impl<V: Vendor> State<V> {
 
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
         trace::page_fault(self.index as u32, fault.gpa.0, fault.write, fault.execute, fault.present);
-        match vm.memory.fault(fault, false) {
+        let done = vm.memory.fault(fault, false);
+        self.expects_device = matches!(done, Ok(Fault::Mmio));
+        match done {
             Ok(Fault::Mapped) => Handled::Resume,
             Ok(Fault::Mmio) => Handled::Device,
             _ => Handled::Slow,

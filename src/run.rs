@@ -466,7 +466,9 @@ impl<V: Vendor> State<V> {
     fn look_at_code(&mut self, exit: &Exit, in_guest: &InGuest<'_>) {
         self.code = None;
         let wanted = match exit {
-            Exit::NestedFault(fault) => !fault.present && !fault.execute && self.hw.instruction_bytes().is_none(),
+            Exit::NestedFault(fault) => {
+                self.expects_device && !fault.present && !fault.execute && self.hw.instruction_bytes().is_none()
+            }
             Exit::Cpuid
             | Exit::Hypercall
             | Exit::Rdmsr

@@ -359,6 +359,8 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) clock: VcpuClock,
     pub(crate) debug: GuestDebug,
     pub(crate) code_cache: CodeCache,
+    /// The last nested fault was an access to a device: the next one is expected to be, too.
+    pub(crate) expects_device: bool,
     /// The bytes at RIP at the last exit, where they were at hand.
     pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
@@ -480,6 +482,7 @@ impl<V: Vendor> Vcpu<V> {
             index,
             clock: VcpuClock::new(peer.clone()),
             debug: GuestDebug::default(),
+            expects_device: false,
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
             user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
