@@ -17,7 +17,6 @@
 #include <linux/types.h>
 
 #include "cpu.h"
-#include "pmu.h"
 #include "vmx.h"
 
 /* fd.rs */

@@ -5,7 +5,7 @@
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
-    cpu::{counter_permissions, Asid, Svm},
+    cpu::{Asid, Svm},
     exit, insn,
 };
 use crate::{
@@ -18,11 +18,11 @@ use crate::{
     glue::{
         cpu::{IrqsOff, VcpuId},
         fpu::Window,
-        phys::{Bytes, PhysBox},
+        phys::PhysBox,
     },
     guest::{
         event::{vector, Event, Exception},
-        Exit, Gpr, Regs, SystemRegs, Unintercepted,
+        Exit, Gpr, Regs, SystemRegs,
     },
     mmu::Npt,
     policy::{
@@ -81,13 +81,11 @@ pub(crate) struct SvmVcpu {
     asid: Asid,
     flush_wanted: bool,
     tsc_ratio: Ratio,
-    /// CR0 as the guest set it: hardware's copy has caching on, and the newest TS.
+    /// CR0 as the guest set it: hardware's copy has caching on.
     guest_cr0: u64,
     /// EFER as the guest set it: hardware's copy has SVME, and LME only together with paging.
     guest_efer: u64,
     spec_ctrl: u64,
-    /// MSR permissions of its own, where the guest reads the CPU's counters.
-    counters: Option<PhysBox<Bytes<{ 2 * 4096 }>>>,
 }
 
 impl Vendor for Svm {
@@ -96,7 +94,7 @@ impl Vendor for Svm {
     /// VMMCALL.
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
-    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<SvmVcpu> {
+    fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
         let mut vcpu = SvmVcpu {
             host: self.clone(),
             id: VcpuId::new(),
@@ -107,19 +105,18 @@ impl Vendor for Svm {
             guest_cr0: 0,
             guest_efer: 0,
             spec_ctrl: 0,
-            counters: counter_permissions(&self.msr_permissions, free)?,
         };
         let control = &mut vcpu.vmcb.control;
         control.intercept_cr = CR_WRITES;
         control.intercept_dr = u32::MAX;
         control.intercept_exceptions = EXCEPTIONS;
-        control.intercept_misc1 = MISC1 & if free.hlt { !misc1::HLT } else { !0 };
-        control.intercept_misc2 = MISC2 & if free.mwait { !(misc2::MONITOR | misc2::MWAIT) } else { !0 };
+        control.intercept_misc1 = MISC1;
+        control.intercept_misc2 = MISC2;
         control.intercept_misc3 = MISC3;
         control.iopm_base = self.io_permissions.address().0;
+        control.msrpm_base = self.msr_permissions.address().0;
         control.int_ctl = int_ctl::V_INTR_MASKING;
         control.nested_ctl = 1;
-        vcpu.want_all_msrs(false);
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -161,9 +158,10 @@ impl SvmVcpu {
         [&mut save.es, &mut save.cs, &mut save.ss, &mut save.ds, &mut save.fs, &mut save.gs]
     }
 
-    /// Gives hardware what EFER comes to. Writes are intercepted, so the guest sees only its own.
+    /// Gives hardware what CR0 and EFER come to. Both are intercepted, so the guest sees only its own.
     fn update_mode(&mut self) {
         let save = &mut self.vmcb.save;
+        save.cr0 = self.guest_cr0 & !(cr0::CD | cr0::NW);
         // LME means nothing without paging. An emulated CPU that exits from a guest with LME but without PAE takes the host's CR0.PG
         // for the guest's step into long mode, refuses it, and leaves the host without paging.
         let unused = if self.guest_cr0 & cr0::PG == 0 { efer::LME } else { 0 };
@@ -231,10 +229,10 @@ impl VendorVcpu for SvmVcpu {
         SystemRegs {
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(from_raw),
             ldtr: from_raw(&save.ldtr),
-            tr: self.tr(),
+            tr: from_raw(&save.tr),
             gdtr: table(&save.gdtr),
             idtr: table(&save.idtr),
-            cr0: self.cr0(),
+            cr0: self.guest_cr0,
             cr2: save.cr2,
             cr3: save.cr3,
             cr4: save.cr4,
@@ -284,13 +282,7 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn tr(&self) -> Segment {
-        /// Type bit 1: after a task switch an emulated CPU leaves it out.
-        const BUSY: u16 = 2;
-        let mut tr = from_raw(&self.vmcb.save.tr);
-        if tr.attributes.present() {
-            tr.attributes.0 |= BUSY;
-        }
-        tr
+        from_raw(&self.vmcb.save.tr)
     }
 
     fn gdtr(&self) -> DescriptorTable {
@@ -311,13 +303,11 @@ impl VendorVcpu for SvmVcpu {
 
     #[inline]
     fn cr0(&self) -> u64 {
-        // A task switch sets TS without an exit.
-        self.guest_cr0 & !cr0::TS | self.vmcb.save.cr0 & cr0::TS
+        self.guest_cr0
     }
 
     fn set_cr0(&mut self, value: u64) {
         self.guest_cr0 = value;
-        self.vmcb.save.cr0 = value & !(cr0::CD | cr0::NW);
         self.update_mode();
         // The guest must not see through a read that its caches are on.
         let Vmcb { control, save } = &mut *self.vmcb;
@@ -531,8 +521,7 @@ impl VendorVcpu for SvmVcpu {
     fn set_user_steps(&mut self, _: bool) {}
 
     fn want_all_msrs(&mut self, wanted: bool) {
-        let usual = self.counters.as_ref().unwrap_or(&self.host.msr_permissions);
-        let map = if wanted { &self.host.msr_all } else { usual };
+        let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
         self.vmcb.control.msrpm_base = map.address().0;
     }
 
@@ -554,10 +543,6 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn set_pdptes(&mut self, _entries: [u64; 4]) {}
-
-    fn pdptes(&self) -> Option<[u64; 4]> {
-        None
-    }
 
     #[inline]
     fn next_rip(&self) -> Option<u64> {

@@ -156,9 +156,6 @@ impl Cpu for Mock {
     fn cpl(&self) -> u8 {
         self.cpl
     }
-    fn set_cpl(&mut self, level: u8) {
-        self.cpl = level;
-    }
     fn efer(&self) -> u64 {
         self.efer
     }

@@ -6,7 +6,6 @@
 use super::MsrConfig;
 use crate::arch::cpuid::{kvm_eax, Vendor};
 use crate::arch::msr;
-use crate::policy::pmu;
 
 /// Where an MSR is listed.
 #[derive(Clone, Copy)]
@@ -84,7 +83,7 @@ fn listed<'a>(table: &'static [(u32, When)], config: &'a MsrConfig) -> impl Iter
 
 /// KVM_GET_MSR_INDEX_LIST.
 pub fn index_list(config: &MsrConfig) -> impl Iterator<Item = u32> + '_ {
-    listed(SAVED, config).chain(pmu::index_list(&config.pmu))
+    listed(SAVED, config)
 }
 
 /// KVM_GET_MSR_FEATURE_INDEX_LIST.
