@@ -44,18 +44,13 @@ void krab_host_features(struct krab_host_features *features)
 		.vmx = boot_cpu_has(X86_FEATURE_VMX),
 		.l1tf = boot_cpu_has_bug(X86_BUG_L1TF) && !cpu_mitigations_off(),
 		.flush_l1d = boot_cpu_has(X86_FEATURE_FLUSH_L1D),
+		.fred = boot_cpu_has(X86_FEATURE_FRED),
 		.itlb_multihit = boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT) && !cpu_mitigations_off(),
+		.aperfmperf = boot_cpu_has(X86_FEATURE_APERFMPERF),
+		.mwait = boot_cpu_has(X86_FEATURE_MWAIT) && !boot_cpu_has_bug(X86_BUG_MONITOR) &&
+			 boot_cpu_has(X86_FEATURE_ARAT),
+		.smt_rsb = boot_cpu_has_bug(X86_BUG_SMT_RSB) && cpu_smt_possible(),
 	};
-}
-
-int krab_rdmsr_safe(u32 msr, u64 *value)
-{
-	return rdmsrq_safe(msr, value);
-}
-
-int krab_wrmsr_safe(u32 msr, u64 value)
-{
-	return wrmsrq_safe(msr, value);
 }
 
 u64 krab_host_spec_ctrl(void)

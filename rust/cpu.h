@@ -35,11 +35,17 @@ struct krab_host_features {
 	bool flush_l1d;
 	/* The host takes measures against machine checks from large executable pages. */
 	bool itlb_multihit;
+	/* APERF and MPERF. */
+	bool aperfmperf;
+	/* MWAIT ends with every interrupt, and the local APIC's timer goes on meanwhile. */
+	bool mwait;
+	/* A sibling that sleeps may leave return predictions of its own to this thread. */
+	bool smt_rsb;
+	/* The host takes its events by FRED and not through an IDT. */
+	bool fred;
 };
 
 void krab_host_features(struct krab_host_features *features);
-int krab_rdmsr_safe(u32 msr, u64 *value);
-int krab_wrmsr_safe(u32 msr, u64 value);
 u64 krab_host_spec_ctrl(void);
 u64 krab_host_dr7(void);
 void krab_machine_check(void);

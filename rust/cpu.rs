@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The CPU that code runs on: what must be off while it runs, its model-specific registers, its features.
 use core::{
+    arch::asm,
     cell::Cell,
     ffi::c_void,
     marker::PhantomData,
@@ -31,7 +32,7 @@ impl IrqsOff {
     #[inline]
     pub(crate) fn new() -> Self {
         // SAFETY: CLI has no memory effects; the guard's drop turns interrupts on again.
-        unsafe { core::arch::asm!("cli", options(nostack)) };
+        unsafe { asm!("cli", options(nostack)) };
         // INVARIANT: interrupts are off now.
         Self { restore: true, not_send: PhantomData }
     }
@@ -54,7 +55,7 @@ impl Drop for IrqsOff {
         }
         // STI holds interrupts off for one more instruction, which must not be the CLI of the next guard.
         // SAFETY: by the type's invariant interrupts were on before, so they may be turned on.
-        unsafe { core::arch::asm!("sti", "nop", options(nostack)) };
+        unsafe { asm!("sti", "nop", options(nostack)) };
     }
 }
 
@@ -67,13 +68,56 @@ pub(crate) fn host_features() -> HostFeatures {
 }
 
 /// Reads an MSR. `EIO` when the CPU does not have it.
+#[inline]
 pub(crate) fn read_msr(msr: u32) -> Result<u64> {
-    let mut value = 0;
-    // SAFETY: `value` is valid for writing; a fault is caught by the exception table.
-    match unsafe { bindings::krab_rdmsr_safe(msr, &mut value) } {
-        0 => Ok(value),
+    let (mut low, mut high, mut failed) = (0_u32, 0_u32, 1_u32);
+    // SAFETY: reading an MSR changes nothing. A fault is caught by the exception table, and leaves `failed` as it is.
+    unsafe {
+        asm!(
+            "2: rdmsr",
+            "movl $0, {failed:e}",
+            "3:",
+            ".pushsection \"__ex_table\", \"a\"",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1", // EX_TYPE_DEFAULT
+            ".popsection",
+            in("ecx") msr,
+            inout("eax") low,
+            inout("edx") high,
+            failed = inout(reg) failed,
+            options(att_syntax, nostack)
+        );
+    }
+    match failed {
+        0 => Ok(u64::from(high) << 32 | u64::from(low)),
         _ => Err(EIO),
     }
+}
+
+/// Reads an MSR: 0 when the CPU does not have it.
+#[inline]
+pub(crate) fn read_msr_or_zero(msr: u32) -> u64 {
+    let (mut low, mut high) = (0_u32, 0_u32);
+    // SAFETY: reading an MSR changes nothing. A fault is caught by the exception table, and leaves the registers as they are.
+    unsafe {
+        asm!(
+            "2: rdmsr",
+            "3:",
+            ".pushsection \"__ex_table\", \"a\"",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1",
+            ".popsection",
+            in("ecx") msr,
+            inout("eax") low,
+            inout("edx") high,
+            options(att_syntax, nostack)
+        );
+    }
+    u64::from(high) << 32 | u64::from(low)
 }
 
 /// Writes an MSR. `EIO` when the CPU refuses.
@@ -81,9 +125,29 @@ pub(crate) fn read_msr(msr: u32) -> Result<u64> {
 /// # Safety
 ///
 /// The new value must not break what the kernel and other code on this CPU rely on.
+#[inline]
 pub(crate) unsafe fn write_msr(msr: u32, value: u64) -> Result {
-    // SAFETY: a fault is caught by the exception table; the effect is the caller's promise.
-    match unsafe { bindings::krab_wrmsr_safe(msr, value) } {
+    let mut failed = 1_u32;
+    // SAFETY: a fault is caught by the exception table, and leaves `failed` as it is; the effect is the caller's promise.
+    unsafe {
+        asm!(
+            "2: wrmsr",
+            "movl $0, {failed:e}",
+            "3:",
+            ".pushsection \"__ex_table\", \"a\"",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1",
+            ".popsection",
+            in("ecx") msr,
+            in("eax") value as u32,
+            in("edx") (value >> 32) as u32,
+            failed = inout(reg) failed,
+            options(att_syntax, nostack)
+        );
+    }
+    match failed {
         0 => Ok(()),
         _ => Err(EIO),
     }
@@ -161,6 +225,14 @@ pub(crate) fn write_pred_cmd(value: u64) {
     let _ = unsafe { write_msr(msr::PRED_CMD, value) };
 }
 
+/// What follows does not depend on branches that came before. For CPUs that have the barrier.
+#[inline]
+pub(crate) fn barrier() {
+    /// PRED_CMD: a whole barrier.
+    const IBPB: u64 = 1;
+    write_pred_cmd(IBPB);
+}
+
 /// Writes FLUSH_CMD: an L1 data cache flush, for a guest that asks for one. Ignored where the CPU has none.
 pub(crate) fn write_flush_cmd(value: u64) {
     // SAFETY: as above.
@@ -183,14 +255,14 @@ impl VcpuId {
 pub(crate) struct LastVcpu(Cell<u64>);
 
 impl LastVcpu {
-    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction.
+    /// `vcpu` is about to run here: keeps what the host's mitigations promise about branch prediction. `shared`: another hypervisor's
+    /// guest may have run here since.
     #[inline]
-    pub(crate) fn separate(&self, vcpu: &VcpuId, features: &HostFeatures, irqs: &IrqsOff) {
-        /// PRED_CMD: a whole barrier.
-        const IBPB: u64 = 1;
-        if self.0.replace(vcpu.0) != vcpu.0 && features.ibpb {
+    pub(crate) fn separate(&self, vcpu: &VcpuId, shared: bool, features: &HostFeatures, irqs: &IrqsOff) {
+        let changes = self.0.replace(vcpu.0) != vcpu.0;
+        if (changes || shared) && features.ibpb {
             // Each vCPU is a prediction domain of its own.
-            write_pred_cmd(IBPB);
+            barrier();
         }
         if features.ibpb_exit_to_user {
             ibpb_before_user(irqs);

@@ -229,6 +229,7 @@ impl<T: Invalidate> AddressSpace<T> {
                     writable,
                     level: seen.level,
                     memory: true,
+                    next: seen.next,
                 });
             }
             Err(Unseen::Absent) => return None,
@@ -242,23 +243,22 @@ impl<T: Invalidate> AddressSpace<T> {
         (got == 1).then(|| self.counted(page, hva, write))
     }
 
-    /// The present pages from `hva` on with the wanted right, at most [`HostPages::MAX`] and `count`, and not past the 2 MiB that
-    /// `hva` is in. Never sleeps.
-    pub fn present(&self, hva: Hva, count: usize, write: bool) -> HostPages {
-        let mut run = HostPages { frames: [None; HostPages::MAX], count: 0 };
+    /// Puts into `run` the pages from `hva` on that are there with the wanted right, up to the first that is not, at most
+    /// [`HostPages::MAX`] and `count`, and not past the 2 MiB that `hva` is in. Never sleeps.
+    pub fn present(&self, hva: Hva, count: usize, write: bool, run: &mut HostPages) {
+        run.count = 0;
         if self.is_current() {
             let frames = run.frames.get_mut(..count.min(HostPages::MAX)).unwrap_or_default();
             // SAFETY: it is the current address space.
             run.count = unsafe { host_walk::peek_run(self.mm.as_raw(), hva, write, frames) };
         }
-        run
     }
 
     /// A page that came with a reference, which is now the result's.
     fn counted(&self, page: *mut bindings::page, hva: Hva, writable: bool) -> HostPage {
         // SAFETY: whoever looks up pages has checked that it is the current address space.
         let level = unsafe { host_walk::level(self.mm.as_raw(), hva) };
-        HostPage { page, hpa: page_to_hpa(page), writable, level, memory: true }
+        HostPage { page, hpa: page_to_hpa(page), writable, level, memory: true, next: true }
     }
 
     /// Memory without page descriptors, or whose descriptors nobody counts: devices.
@@ -288,6 +288,7 @@ impl<T: Invalidate> AddressSpace<T> {
                     writable: map.writable && want != Want::Read,
                     level,
                     memory: false,
+                    next: false,
                 };
                 // SAFETY: pairs with the start.
                 unsafe { bindings::follow_pfnmap_end(&mut map) };
@@ -420,6 +421,7 @@ pub struct HostPage {
     writable: bool,
     level: Level,
     memory: bool,
+    next: bool,
 }
 
 // SAFETY: a page reference may be dropped anywhere.
@@ -448,6 +450,12 @@ impl HostPage {
     #[inline]
     pub fn is_memory(&self) -> bool {
         self.memory
+    }
+
+    /// Whether the page behind it in the address space may be there as well.
+    #[inline]
+    pub fn has_next(&self) -> bool {
+        self.next
     }
 
     /// Lets go of a page that the guest now uses: it counts as accessed, and as dirty when it is mapped for `writing`.
@@ -479,7 +487,13 @@ impl HostPages {
     /// Most pages in a run.
     pub const MAX: usize = 16;
 
-    /// The physical addresses in order; `None` where there is no page.
+    /// No page.
+    #[inline]
+    pub const fn none() -> Self {
+        Self { frames: [None; Self::MAX], count: 0 }
+    }
+
+    /// The physical addresses in order, all known.
     #[inline]
     pub fn addresses(&self) -> &[Option<Hpa>] {
         self.frames.get(..self.count).unwrap_or_default()

@@ -17,6 +17,7 @@
 #include <linux/types.h>
 
 #include "cpu.h"
+#include "pmu.h"
 #include "vmx.h"
 
 /* fd.rs */

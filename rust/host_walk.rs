@@ -28,6 +28,8 @@ pub(super) struct Seen {
     pub(super) writable: bool,
     /// The size of the page.
     pub(super) level: Level,
+    /// The 4 KiB behind it may be there as well.
+    pub(super) next: bool,
 }
 
 /// Interrupts off, as they were before on drop.
@@ -148,11 +150,15 @@ pub(super) enum Unseen {
 pub(super) unsafe fn peek(mm: *const bindings::mm_struct, hva: Hva, write: bool) -> Result<Seen, Unseen> {
     let _irqs = IrqsSaved::new();
     // SAFETY: the caller's promise, and interrupts are off.
-    let (_, value, level) = unsafe { leaf(mm, hva) }.ok_or(Unseen::Absent)?;
+    let (slot, value, level) = unsafe { leaf(mm, hva) }.ok_or(Unseen::Absent)?;
     if value & entry::P == 0 {
         return Err(Unseen::Absent);
     }
+    let last = (hva.0 >> 12) as usize % ENTRIES == ENTRIES - 1;
+    // SAFETY: not the last one of its table, which stays.
+    let next = last || level > Level::Page4K || unsafe { ptr::read_volatile(slot.wrapping_add(1)) } & entry::P != 0;
     Rule::new(level, write).frame(value).ok_or(Unseen::Odd).map(|frame| Seen {
+        next,
         hpa: Hpa(frame | (hva.0 & (level.bytes() - 1) & !0xfff)),
         writable: value & (entry::W | entry::D) == entry::W | entry::D,
         level,
@@ -170,8 +176,8 @@ pub(super) unsafe fn level(mm: *const bindings::mm_struct, hva: Hva) -> Level {
     unsafe { leaf(mm, hva) }.map_or(Level::Page4K, |(_, _, level)| level)
 }
 
-/// Fills `frames` with what is mapped from `hva` on, up to the end of the 2 MiB that `hva` is in; returns how many frames lie before
-/// that end.
+/// Fills `frames` with what is mapped from `hva` on, up to the first page that is not there or the end of the 2 MiB that `hva` is in;
+/// returns how many that are.
 ///
 /// # Safety
 ///
@@ -186,19 +192,24 @@ pub(super) unsafe fn peek_run(
     let count = frames.len().min(ENTRIES - index);
     let _irqs = IrqsSaved::new();
     // SAFETY: the caller's promise, and interrupts are off.
-    let Some((slot, value, level)) = (unsafe { leaf(mm, hva) }) else { return count };
+    let Some((slot, value, level)) = (unsafe { leaf(mm, hva) }) else { return 0 };
     let rule = Rule::new(level, write);
     let frames = frames.iter_mut().take(count).enumerate();
     if level == Level::Page4K {
         for (at, out) in frames {
             // SAFETY: in the table of `slot`, which goes on for as long as the 2 MiB do; interrupts are still off.
-            *out = rule.frame(unsafe { ptr::read_volatile(slot.wrapping_add(at)) }).map(Hpa);
+            match rule.frame(unsafe { ptr::read_volatile(slot.wrapping_add(at)) }) {
+                Some(frame) => *out = Some(Hpa(frame)),
+                None => return at,
+            }
         }
     } else if let Some(frame) = rule.frame(value) {
         let first = frame | (hva.0 & (level.bytes() - 1) & !0xfff);
         for (at, out) in frames {
             *out = Some(Hpa(first.wrapping_add(at as u64 * 4096)));
         }
+    } else {
+        return 0;
     }
     count
 }

@@ -17,6 +17,7 @@ pub(crate) mod lock;
 pub(crate) mod page;
 pub(crate) mod percpu;
 pub(crate) mod phys;
+pub(crate) mod pmu;
 pub(crate) mod power;
 pub(crate) mod signal;
 pub(crate) mod srcu;

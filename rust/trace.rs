@@ -3,6 +3,8 @@
 use core::{arch::asm, mem::offset_of};
 use kernel::bindings::tracepoint;
 
+use crate::guest::Exit;
+
 /// Whether the tracepoint is on, by its static key. `asm/jump_label.h`; objtool turns the jump into a NOP.
 macro_rules! is_on {
     ($key:ident) => {
@@ -56,8 +58,8 @@ macro_rules! tracepoints {
 tracepoints! {
     /// A vCPU is about to run guest code.
     fn entry(vcpu: u32, rip: u64) = __tracepoint_krab_entry, krab_do_trace_entry;
-    /// It stopped. `reason`: as [`Exit::number`](crate::guest::Exit::number) has it.
-    fn exit(vcpu: u32, rip: u64, reason: u32) = __tracepoint_krab_exit, krab_do_trace_exit;
+    /// It stopped. `reason`: as [`Exit::number`] has it.
+    fn numbered_exit(vcpu: u32, rip: u64, reason: u32) = __tracepoint_krab_exit, krab_do_trace_exit;
     /// The nested tables refused an access.
     fn page_fault(vcpu: u32, gpa: u64, write: bool, execute: bool, present: bool)
         = __tracepoint_krab_page_fault, krab_do_trace_page_fault;
@@ -69,4 +71,13 @@ tracepoints! {
     fn msr(write: bool, index: u32, value: u64, refused: bool) = __tracepoint_krab_msr, krab_do_trace_msr;
     /// An event goes in. `kind`: 0 interrupt, 1 NMI, 2 exception.
     fn inject(vcpu: u32, kind: u32, vector: u8) = __tracepoint_krab_inject, krab_do_trace_inject;
+}
+
+/// A vCPU stopped. Its reason gets a number only where somebody wants to know.
+#[inline(always)]
+pub(crate) fn exit(vcpu: u32, rip: u64, exit: &Exit) {
+    // SAFETY: as for the others.
+    if unsafe { is_on!(__tracepoint_krab_exit) } {
+        numbered_exit(vcpu, rip, exit.number());
+    }
 }

@@ -59,12 +59,11 @@ void krab_vmx_save_task(struct krab_vmx_task *task)
 	savesegment(gs, task->gs);
 	asm volatile("sldt %0" : "=m"(task->ldt));
 	task->fs_base = x86_fsbase_read_cpu();
-	task->kernel_gs_base = read_msr_or_zero(MSR_KERNEL_GS_BASE);
 }
 
 /*
  * A VM exit left null selectors, no LDT, a task segment without the I/O bitmap and a descriptor table of the largest size. Loading a
- * selector changes the base behind it, so bases come last.
+ * selector changes the base behind it, so bases come last: what SWAPGS brings in is the caller's.
  */
 void krab_vmx_restore_task(const struct krab_vmx_task *task)
 {
@@ -88,7 +87,6 @@ void krab_vmx_restore_task(const struct krab_vmx_task *task)
 		asm_load_gs_index(task->gs);
 		local_irq_restore(flags);
 	}
-	wrmsrq(MSR_KERNEL_GS_BASE, task->kernel_gs_base);
 }
 
 /*
@@ -107,11 +105,11 @@ void krab_vmx_host_nmi(void)
 
 /*
  * The vector whose interrupt a guest's CPU takes for itself, or 0. The kernel has a handler for it that does nothing, for KVM: so it may come
- * at any time. With FRED the gates that krab_vmx_host_interrupt() goes through are not there.
+ * at any time. It is not used with FRED, where the gates that krab_vmx_host_interrupt() goes through are not there.
  */
 u8 krab_vmx_notification_vector(void)
 {
-	return IS_ENABLED(CONFIG_KVM) && !cpu_feature_enabled(X86_FEATURE_FRED) ? POSTED_INTR_VECTOR : 0;
+	return IS_ENABLED(CONFIG_KVM) ? POSTED_INTR_VECTOR : 0;
 }
 
 /* enter.S */

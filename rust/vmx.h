@@ -25,6 +25,7 @@ struct krab_vmx_host {
 /* What belongs to the current task and is lost or replaced while a guest runs. */
 struct krab_vmx_task {
 	u64 fs_base;
+	/* The caller's, before and after. */
 	u64 kernel_gs_base;
 	u16 ds;
 	u16 es;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Host state around a VMX guest: what VM exits load, and what they lose and somebody must bring back.
 //! SDM "Loading Host State".
+use core::arch::asm;
+
 use kernel::prelude::*;
 
 use super::{
@@ -32,6 +34,7 @@ impl TaskState {
         let mut task = bindings::krab_vmx_task::default();
         // SAFETY: `task` is valid for writing.
         unsafe { bindings::krab_vmx_save_task(&mut task) };
+        task.kernel_gs_base = cpu::read_msr_or_zero(msr::KERNEL_GS_BASE);
         Self(task)
     }
 
@@ -42,7 +45,7 @@ impl TaskState {
 
     /// The guest's KERNEL_GS_BASE, which is in the CPU now.
     pub(crate) fn guest_kernel_gs_base(&self) -> u64 {
-        cpu::read_msr(msr::KERNEL_GS_BASE).unwrap_or(0)
+        cpu::read_msr_or_zero(msr::KERNEL_GS_BASE)
     }
 
     /// Brings it back, with the limits of GDT and task segment that VM exits changed. On the CPU of [`save`](Self::save), before preemption
@@ -51,6 +54,7 @@ impl TaskState {
         let guest = self.guest_kernel_gs_base();
         // SAFETY: the values are what the current task had on this CPU, by this method's contract.
         unsafe { bindings::krab_vmx_restore_task(&self.0) };
+        write_syscall_msr(msr::KERNEL_GS_BASE, self.0.kernel_gs_base);
         guest
     }
 }
@@ -93,7 +97,7 @@ impl SyscallMsrs {
     /// What is loaded now. Not always the host's: KVM leaves its guest's values until the next return to user mode, and must find
     /// them again.
     pub(crate) fn read(_irqs: &IrqsOff) -> Self {
-        Self(Self::NUMBERS.map(|number| cpu::read_msr(number).unwrap_or(0)))
+        Self(Self::NUMBERS.map(|number| cpu::read_msr_or_zero(number)))
     }
 
     /// Replaces `self`, which is loaded, with `other`. With preemption off, and the host's must be back before it is on.
@@ -120,7 +124,7 @@ impl DebugControl {
     /// Reads it, before the first entry with interrupts off.
     #[inline]
     pub(crate) fn read(_irqs: &IrqsOff) -> Self {
-        Self(cpu::read_msr(msr::DEBUGCTL).unwrap_or(0))
+        Self(cpu::read_msr_or_zero(msr::DEBUGCTL))
     }
 
     /// Brings it back, before interrupts are on.
@@ -147,7 +151,7 @@ impl CacheFlush {
     pub(crate) fn new(features: &cpu::HostFeatures) -> Result<Self> {
         /// ARCH_CAPABILITIES: an outer hypervisor flushes.
         const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
-        if !features.l1tf || cpu::read_msr(msr::ARCH_CAPABILITIES).unwrap_or(0) & SKIP_L1DFL_VMENTRY != 0 {
+        if !features.l1tf || cpu::read_msr_or_zero(msr::ARCH_CAPABILITIES) & SKIP_L1DFL_VMENTRY != 0 {
             Ok(Self::Unneeded)
         } else if features.flush_l1d {
             Ok(Self::Command)
@@ -171,13 +175,30 @@ impl CacheFlush {
 
 /// Reads every cache line of `buffer`. Its pages are in the TLB by then, so no page walk brings anything else in.
 #[cold]
-fn read_through(buffer: &[u8]) {
-    for step in [4096, 64] {
-        for byte in buffer.iter().step_by(step) {
-            // SAFETY: a valid reference.
-            unsafe { core::ptr::from_ref(byte).read_volatile() };
-        }
-        // SAFETY: waits for the reads.
-        unsafe { core::arch::asm!("lfence", options(nostack, preserves_flags)) };
+fn read_through(buffer: &[u8; 64 * 1024]) {
+    // SAFETY: reads one byte of each of the 16 pages, then of each of the 64 lines of every page, two pages a turn, all in the buffer.
+    unsafe {
+        asm!(
+            ".set krab_at, 0",
+            ".rept 16",
+            "movzbl krab_at({pages}), {byte:e}",
+            ".set krab_at, krab_at + 4096",
+            ".endr",
+            "lfence",
+            "2:",
+            ".set krab_at, 0",
+            ".rept 128",
+            "movzbl krab_at({pages}), {byte:e}",
+            ".set krab_at, krab_at + 64",
+            ".endr",
+            "addq $8192, {pages}",
+            "decl {pairs:e}",
+            "jnz 2b",
+            "lfence",
+            pages = inout(reg) buffer.as_ptr() => _,
+            pairs = inout(reg) 8 => _,
+            byte = out(reg) _,
+            options(att_syntax, nostack, readonly)
+        );
     }
 }

@@ -46,6 +46,8 @@ struct Clock {
     written_at: u64,
     offset: u64,
     khz: u32,
+    /// Userspace has given some vCPU a TSC.
+    set_by_user: bool,
     /// The TSC from which the others go on, and when (in host TSC).
     began: u64,
     began_at: u64,
@@ -61,6 +63,23 @@ impl Clock {
         } else {
             self.base_ns.wrapping_add(ns)
         }
+    }
+
+    /// The TSC offset for a vCPU whose TSC is to show `value`. As in KVM, 0 means "the same as the others", and so do values less than a
+    /// second from where the last one that userspace wrote is by now: it writes them one after another.
+    /// "The others" have the same frequency.
+    fn synchronize(&mut self, value: u64, tsc: &VcpuTsc) -> u64 {
+        let now = timer::tsc();
+        let ratio = tsc.relation().ratio;
+        let expected = self.written.wrapping_add(ratio.guest_ticks(now.wrapping_sub(self.written_at)));
+        let second = u64::from(tsc.khz()) * 1000;
+        let close = self.set_by_user && expected.abs_diff(value) < second;
+        if self.khz != tsc.khz() || value != 0 && !close {
+            self.offset = GuestTsc::showing(value, now, ratio).offset;
+            (self.began, self.began_at) = (value, now);
+        }
+        (self.written, self.written_at, self.khz) = (value, now, tsc.khz());
+        self.offset
     }
 }
 
@@ -79,6 +98,7 @@ impl VmClock {
             written_at: tsc,
             offset: tsc.wrapping_neg(),
             khz: timer::tsc_khz(),
+            set_by_user: false,
             began: 0,
             began_at: tsc,
         };
@@ -98,11 +118,11 @@ impl VmClock {
 
     /// The TSC offset of a new vCPU: that of the others, or the one with which a TSC of another frequency begins at 0.
     pub(crate) fn tsc_offset(&self, tsc: &VcpuTsc) -> u64 {
-        let others = *self.state.lock();
+        let mut others = self.state.lock();
         if others.khz == tsc.khz() {
             others.offset
         } else {
-            self.write_tsc(0, tsc)
+            others.synchronize(0, tsc)
         }
     }
 
@@ -112,21 +132,24 @@ impl VmClock {
         GuestTsc::showing(state.began, state.began_at, ratio)
     }
 
-    /// The TSC offset for a vCPU whose TSC userspace sets to `value`. As in KVM, 0 and values less than a second from where the last one
-    /// written is by now mean "the same as the others": userspace writes them one after another.
-    /// "The others" have the same frequency.
+    /// The TSC offset for a vCPU whose TSC userspace sets to `value`.
     pub(crate) fn write_tsc(&self, value: u64, tsc: &VcpuTsc) -> u64 {
         let mut state = self.state.lock();
+        let offset = state.synchronize(value, tsc);
+        state.set_by_user = true;
+        offset
+    }
+
+    /// Userspace gives a vCPU's TSC this offset. Those that come later, or are set close to it, get the same.
+    pub(crate) fn write_tsc_offset(&self, offset: u64, tsc: &VcpuTsc) {
+        let mut state = self.state.lock();
         let now = timer::tsc();
-        let ratio = tsc.relation().ratio;
-        let expected = state.written.wrapping_add(ratio.guest_ticks(now.wrapping_sub(state.written_at)));
-        let second = u64::from(tsc.khz()) * 1000;
-        if state.khz != tsc.khz() || value != 0 && expected.abs_diff(value) >= second {
-            state.offset = GuestTsc::showing(value, now, ratio).offset;
+        let value = GuestTsc { ratio: tsc.relation().ratio, offset }.at(now);
+        if state.khz != tsc.khz() || state.offset != offset {
+            state.offset = offset;
             (state.began, state.began_at) = (value, now);
         }
-        (state.written, state.written_at, state.khz) = (value, now, tsc.khz());
-        state.offset
+        (state.written, state.written_at, state.khz, state.set_by_user) = (value, now, tsc.khz(), true);
     }
 }
 

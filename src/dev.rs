@@ -10,20 +10,28 @@ use crate::{
     abi::{
         cap,
         ioctl::*,
-        vcpu::{KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrList, KvmMsrs, KVM_MAX_CPUID_ENTRIES, MAX_IO_MSRS},
+        vcpu::{
+            KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrList, KvmMsrs, KVM_MAX_CPUID_ENTRIES,
+            KVM_X86_XCOMP_GUEST_SUPP, MAX_IO_MSRS,
+        },
+        vm::{
+            KvmDeviceAttr, KVM_X86_DISABLE_EXITS_APERFMPERF, KVM_X86_DISABLE_EXITS_CSTATE, KVM_X86_DISABLE_EXITS_HLT,
+            KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE,
+        },
         KVM_API_VERSION,
     },
     arch::Hva,
     glue::{
         cpu,
         fd::{self, DeviceOperations},
-        fpu, user,
+        fpu, pmu, user,
         virt::Owner,
     },
     policy::{
         caps::GuestCaps,
         cpuid,
         msr::{self, MsrConfig},
+        pmu::PmuCaps,
     },
     vendor::Vendor,
     vm::Vm,
@@ -51,6 +59,10 @@ impl<V: Vendor> Host<V> {
     pub(crate) fn new(hardware: Arc<V>) -> Result<Arc<Self>> {
         let xcr0 = fpu::host_components()?;
         let features = cpu::host_features();
+        let pmu = match hardware.counts_guests() && pmu::works() {
+            true => PmuCaps::host(cpu::cpuid(0xA, 0)),
+            false => PmuCaps::NONE,
+        };
         let host_features = cpuid::HostFeatures {
             xcr0,
             xsaves: hardware.guest_xsaves(),
@@ -61,6 +73,7 @@ impl<V: Vendor> Host<V> {
             la57: features.la57,
             nested_address_bits: 48,
             pv_features: cpuid::PV_FEATURES,
+            pmu,
         };
         let mut supported = KVVec::new();
         supported.resize(KVM_MAX_CPUID_ENTRIES as usize, KvmCpuidEntry2::default(), GFP_KERNEL)?;
@@ -74,7 +87,8 @@ impl<V: Vendor> Host<V> {
             supported: caps,
             pv_features: cpuid::PV_FEATURES,
             arch_capabilities: 0,
-            microcode: cpu::read_msr(crate::arch::msr::UCODE_REV).unwrap_or(0),
+            microcode: cpu::read_msr_or_zero(crate::arch::msr::UCODE_REV),
+            pmu,
         };
         let limits = cap::Limits {
             recommended_vcpus: (cpu::ids() as u32).min(MAX_VCPUS),
@@ -83,7 +97,9 @@ impl<V: Vendor> Host<V> {
             memory_slots: crate::mmu::slots::USER_SLOTS,
             xsave: xcr0 != 0,
             tsc_scaling: hardware.tsc_format().is_some(),
+            pmu: pmu != PmuCaps::NONE,
             xsave_bytes: cpuid::xsave_bytes(xcr0, false, |i| cpu::cpuid(0xD, i)).max(4096),
+            disable_exits: disable_exits(&features),
         };
         Ok(Arc::new(
             Self { owner: Owner::new(hardware)?, supported_cpuid: supported, caps, msr_config, limits },
@@ -96,10 +112,31 @@ impl<V: Vendor> Host<V> {
         self.limits.xsave_bytes as usize
     }
 
+    /// `KVM_X86_DISABLE_EXITS_*` that a VM may have.
+    pub(crate) fn disable_exits(&self) -> u64 {
+        self.limits.disable_exits
+    }
+
     /// What KVM_CHECK_EXTENSION answers, on the system and on a VM.
     pub(crate) fn check_extension(&self, number: usize) -> isize {
         cap::check_extension(number as u64, &self.limits) as isize
     }
+}
+
+/// What guests of this host may do without an exit. None sleeps where what a sleeping sibling leaves behind misleads the other thread's
+/// returns: KVM only warns there, unless its `mitigate_smt_rsb` is set.
+fn disable_exits(features: &cpu::HostFeatures) -> u64 {
+    let mut allowed = KVM_X86_DISABLE_EXITS_PAUSE;
+    if features.aperfmperf {
+        allowed |= KVM_X86_DISABLE_EXITS_APERFMPERF;
+    }
+    if !features.smt_rsb {
+        allowed |= KVM_X86_DISABLE_EXITS_HLT | KVM_X86_DISABLE_EXITS_CSTATE;
+        if features.mwait {
+            allowed |= KVM_X86_DISABLE_EXITS_MWAIT;
+        }
+    }
+    allowed
 }
 
 /// A host whose virtualization extension is on.
@@ -161,6 +198,16 @@ impl<V: Vendor> DeviceOperations for System<V> {
                 entry.data = msr::feature_value(&self.0.msr_config, entry.index).ok_or(EINVAL)?;
                 Ok(())
             }),
+            KVM_GET_DEVICE_ATTR | KVM_HAS_DEVICE_ATTR => {
+                let attribute: KvmDeviceAttr = user::read(at)?;
+                if (attribute.group, attribute.attr) != (0, KVM_X86_XCOMP_GUEST_SUPP) {
+                    return Err(ENXIO);
+                }
+                if cmd == KVM_GET_DEVICE_ATTR {
+                    user::write(Hva(attribute.addr), &self.0.caps.xcr0)?;
+                }
+                Ok(0)
+            }
             KVM_X86_GET_MCE_CAP_SUPPORTED => {
                 user::write(at, &msr::MCE_CAP_SUPPORTED)?;
                 Ok(0)

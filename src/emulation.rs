@@ -11,10 +11,14 @@ use crate::{
         segment::{DescriptorTable, Segment, SegmentName},
         Gpa, Gva,
     },
-    emul::{Access, Cpu, Delivery, Mode, NotRam, Shadow, Step, Table},
+    emul::{Access, Cpu, Delivery, Mode, NotRam, Shadow, Step, Switched, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
-    guest::{event::vector, exit::NestedFault, Exception, SystemRegs},
+    guest::{
+        event::vector,
+        exit::{NestedFault, TaskSource, TaskSwitch},
+        Event, Exception, SystemRegs,
+    },
     irqchip::lapic::Lapic,
     memory::View,
     mmu::{guest_mem::GuestMem, walk},
@@ -152,6 +156,11 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
 
     fn cpl(&self) -> u8 {
         self.state.hw.cpl()
+    }
+
+    fn set_cpl(&mut self, level: u8) {
+        let regs = SystemRegs { cpl: level, ..self.state.hw.system_regs() };
+        self.state.hw.set_system_regs(&regs);
     }
 
     fn efer(&self) -> u64 {
@@ -310,6 +319,43 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
+    /// Takes the guest to another task, which the CPU does not do.
+    pub(crate) fn switch_task(&self, core: &mut Core<V>, switch: TaskSwitch) -> Option<ToUser> {
+        let Core { state, fpu, emulator, .. } = core;
+        let event = state.events.unfinished.filter(|_| switch.source == TaskSource::Gate);
+        let resume_at = state.hw.next_rip().filter(|_| event.is_none()).unwrap_or(state.regs.rip);
+        let (data, vm) = (&self.data, &*self.vm);
+        let mut emulated = Emulated { state, fpu, data, vm, view: None, found: None, untranslated: false, lost: false };
+        let switched = match emulator.switch_task(&mut emulated, switch, event, resume_at) {
+            Switched::Fault(_) if emulated.lost => Switched::Unsupported,
+            switched => switched,
+        };
+        drop(emulated);
+        if event == Some(Event::Nmi) {
+            state.hw.set_nmi_masked(true);
+        }
+        if !matches!((switched, event), (Switched::Fault(_), Some(Event::Exception(_)))) {
+            // Delivered, or lost as it would be on a CPU. An exception is still there to become a double fault.
+            state.events.unfinished = None;
+        }
+        match switched {
+            Switched::Done | Switched::Trapped => {
+                if event.is_none() && state.debug.steps() {
+                    state.debug.instruction_over();
+                }
+                if switched == Switched::Trapped {
+                    state.events.raise(Exception { payload: Some(dr::DR6_BT), ..Exception::plain(vector::DB) });
+                }
+            }
+            Switched::Fault(exception) => {
+                state.regs.rflags |= crate::arch::cr::rflags::RF;
+                state.events.raise(exception);
+            }
+            Switched::Unsupported => return Some(ToUser::Emulation { bytes: [0; 15], len: 0 }),
+        }
+        None
+    }
+
     /// Goes on with an instruction that waited for userspace's answer to the read of a device.
     pub(crate) fn answer_read(&self, core: &mut Core<V>, data: u64) -> Result<Option<ToUser>> {
         let Core { state, fpu, emulator, .. } = core;
@@ -344,6 +390,9 @@ impl<V: Vendor> Vcpu<V> {
             drop(emulated);
             // An instruction, or an iteration of one, is over.
             let over = state.regs.rip != rip || matches!(step, Step::Done) && emulator.is_repeating();
+            if state.regs.rip != rip && !matches!(step, Step::Fault(_)) {
+                state.instruction_retired();
+            }
             if over && state.debug.steps() && !matches!(step, Step::Fault(_)) {
                 state.debug.instruction_over();
             } else if traps && over && !matches!(step, Step::Fault(_)) {

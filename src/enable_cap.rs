@@ -11,16 +11,20 @@ use kernel::prelude::*;
 use crate::{
     abi::{
         cap::*,
+        run::KVM_EXIT_HYPERCALL_VALID_MASK,
         vm::{
             KvmEnableCap, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-            KVM_MSR_EXIT_REASON_VALID_MASK, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-            KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
+            KVM_MSR_EXIT_REASON_VALID_MASK, KVM_PMU_CAP_DISABLE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+            KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_VALID_FLAGS, KVM_X86_DISABLE_EXITS_APERFMPERF,
+            KVM_X86_DISABLE_EXITS_CSTATE, KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, SUPPORTED_QUIRKS,
         },
     },
     dev::MAX_VCPUS,
     dirty_ring::entries_of,
     glue::timer,
+    guest::Unintercepted,
     irqchip::{lapic::BUS_CYCLE_NS, routing::MAX_ROUTES},
+    policy::pmu::PmuCaps,
     vcpu::Core,
     vendor::Vendor,
     vm::Vm,
@@ -48,6 +52,12 @@ pub(crate) struct Enabled {
     bus_cycle_ns: AtomicU64,
     /// Frequency of new vCPUs' TSCs; 0: the host's.
     tsc_khz: AtomicU32,
+    /// Guests may have performance counters.
+    pmu: AtomicBool,
+    /// `KVM_X86_DISABLE_EXITS_*` of new vCPUs.
+    disabled_exits: AtomicU64,
+    /// Hypercalls that userspace answers: one bit for each.
+    hypercall_exits: AtomicU64,
 }
 
 impl Enabled {
@@ -63,6 +73,9 @@ impl Enabled {
             boot_cpu: AtomicU32::new(0),
             bus_cycle_ns: AtomicU64::new(BUS_CYCLE_NS),
             tsc_khz: AtomicU32::new(0),
+            pmu: AtomicBool::new(true),
+            disabled_exits: AtomicU64::new(0),
+            hypercall_exits: AtomicU64::new(0),
         }
     }
 
@@ -98,6 +111,27 @@ impl Enabled {
     /// Frequency of new vCPUs' TSCs; 0: the host's.
     pub(crate) fn tsc_khz(&self) -> u32 {
         self.tsc_khz.load(Relaxed)
+    }
+
+    /// Whether guests may have performance counters.
+    pub(crate) fn pmu(&self) -> bool {
+        self.pmu.load(Relaxed)
+    }
+
+    /// What the guest does without an exit. Does not change once there is a vCPU.
+    pub(crate) fn unintercepted(&self) -> Unintercepted {
+        let has = |flag| self.disabled_exits.load(Relaxed) & flag != 0;
+        Unintercepted {
+            mwait: has(KVM_X86_DISABLE_EXITS_MWAIT),
+            hlt: has(KVM_X86_DISABLE_EXITS_HLT),
+            sleep_counters: has(KVM_X86_DISABLE_EXITS_CSTATE),
+            frequency_counters: has(KVM_X86_DISABLE_EXITS_APERFMPERF),
+        }
+    }
+
+    /// Whether userspace answers the hypercall with this number, below 64.
+    pub(crate) fn has_hypercall_exit(&self, number: u64) -> bool {
+        self.hypercall_exits.load(Relaxed) >> (number & 63) & 1 != 0
     }
 
     pub(crate) fn boot_cpu(&self) -> u32 {
@@ -151,7 +185,19 @@ impl<V: Vendor> Vm<V> {
             KVM_CAP_EXIT_ON_EMULATION_FAILURE => enabled.exit_on_emulation_failure.store(value != 0, Relaxed),
             KVM_CAP_EXCEPTION_PAYLOAD => enabled.exception_payload.store(value != 0, Relaxed),
             KVM_CAP_X86_TRIPLE_FAULT_EVENT => enabled.triple_fault_event.store(value != 0, Relaxed),
+            KVM_CAP_EXIT_HYPERCALL if value & !KVM_EXIT_HYPERCALL_VALID_MASK != 0 => return Err(EINVAL),
+            KVM_CAP_EXIT_HYPERCALL => enabled.hypercall_exits.store(value, Relaxed),
             KVM_CAP_MAX_VCPU_ID => return self.limit_vcpu_ids(value),
+            KVM_CAP_PMU_CAPABILITY => {
+                let _setup = self.setup.lock();
+                if self.host.msr_config.pmu == PmuCaps::NONE
+                    || value & !KVM_PMU_CAP_DISABLE != 0
+                    || self.peers.len() > 0
+                {
+                    return Err(EINVAL);
+                }
+                enabled.pmu.store(value == 0, Relaxed);
+            }
             KVM_CAP_X86_APIC_BUS_CYCLES_NS => {
                 // Ticks of 32 bits and a divisor of 128 must not overflow.
                 if value == 0 || value.checked_mul(u64::from(u32::MAX) * 128).is_none() {
@@ -165,6 +211,16 @@ impl<V: Vendor> Vm<V> {
                     return Err(EINVAL);
                 }
                 enabled.bus_cycle_ns.store(value, Relaxed);
+            }
+            KVM_CAP_X86_DISABLE_EXITS => {
+                if value & !self.host.disable_exits() != 0 {
+                    return Err(EINVAL);
+                }
+                let _setup = self.setup.lock();
+                if self.peers.len() > 0 {
+                    return Err(EINVAL);
+                }
+                enabled.disabled_exits.fetch_or(value, Relaxed);
             }
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 let entries = entries_of(value, self.host.owner.hardware().write_log_entries())?;

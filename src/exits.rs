@@ -2,6 +2,8 @@
 //! What each exit means: the quick handlers of the inner ring, and the slow ones in process context.
 #![forbid(unsafe_code)]
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use kernel::prelude::*;
 
 use crate::{
@@ -30,6 +32,9 @@ use crate::{
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
+
+/// The host's log has the line about split locks.
+static SPLIT_LOCK_TOLD: AtomicBool = AtomicBool::new(false);
 
 /// What the inner ring does after a quick handler.
 pub(crate) enum Handled {
@@ -65,6 +70,13 @@ pub(crate) enum ToUser {
     TprAccess {
         rip: u64,
         write: bool,
+    },
+    /// A hypercall that userspace answers.
+    Hypercall {
+        number: u64,
+        arguments: [u64; 3],
+        /// From 64-bit code.
+        long: bool,
     },
     /// Userspace has to empty the vCPU's dirty ring.
     DirtyRingFull,
@@ -127,6 +139,16 @@ impl ToUser {
                 run.write(EXIT_UNION, &ExitTprAccess { rip, is_write: write.into(), pad: 0 });
                 KVM_EXIT_TPR_ACCESS
             }
+            Self::Hypercall { number, arguments: [first, second, third], long } => {
+                let call = ExitHypercall {
+                    nr: number,
+                    args: [first, second, third, 0, 0, 0],
+                    ret: 0,
+                    flags: if long { KVM_EXIT_HYPERCALL_LONG_MODE } else { 0 },
+                };
+                run.write(EXIT_UNION, &call);
+                KVM_EXIT_HYPERCALL
+            }
             Self::FailEntry { reason } => {
                 let fail = ExitFailEntry {
                     hardware_entry_failure_reason: reason,
@@ -162,7 +184,8 @@ impl ToUser {
             Self::UnexpectedExit { reason } => {
                 let mut data = [0; 16];
                 data[0] = reason;
-                let error = ExitInternalError { suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, ndata: 1, data };
+                data[1] = crate::glue::cpu::current() as u64;
+                let error = ExitInternalError { suberror: KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, ndata: 2, data };
                 run.write(EXIT_UNION, &error);
                 KVM_EXIT_INTERNAL_ERROR
             }
@@ -270,25 +293,29 @@ impl<V: Vendor> State<V> {
     /// RIP behind the intercepted instruction.
     #[inline]
     pub(crate) fn next_instruction(&self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<u64, NotNow> {
-        Ok(match self.hw.next_rip() {
-            Some(next) => next,
+        match self.hw.next_rip() {
+            Some(next) => Ok(next),
+            None => self.decoded_next(vm, what, may_sleep),
+        }
+    }
+
+    /// The same from the instruction's bytes.
+    #[inline(never)]
+    fn decoded_next(&self, vm: &Vm<V>, what: Intercepted, may_sleep: bool) -> Result<u64, NotNow> {
+        let mode = self.mode();
+        let length = match self.code {
+            Some(bytes) => skip_length(&bytes[..15], mode, what),
             None => {
-                let mode = self.mode();
-                let length = match self.code {
-                    Some(bytes) => skip_length(&bytes[..15], mode, what),
-                    None => {
-                        let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
-                        skip_length(bytes.get(..len).unwrap_or(&[]), mode, what)
-                    }
-                };
-                let length = length.ok_or(NotNow)?;
-                let next = self.regs.rip.wrapping_add(length.into());
-                match mode {
-                    Mode::Long64 => next,
-                    Mode::Real | Mode::Vm86 | Mode::Protected16 => next & 0xFFFF,
-                    Mode::Protected32 => next & 0xFFFF_FFFF,
-                }
+                let (bytes, len) = self.fetch(&vm.memory.view(may_sleep), mode);
+                skip_length(bytes.get(..len).unwrap_or(&[]), mode, what)
             }
+        };
+        let length = length.ok_or(NotNow)?;
+        let next = self.regs.rip.wrapping_add(length.into());
+        Ok(match mode {
+            Mode::Long64 => next,
+            Mode::Real | Mode::Vm86 | Mode::Protected16 => next & 0xFFFF,
+            Mode::Protected32 => next & 0xFFFF_FFFF,
         })
     }
 
@@ -296,6 +323,7 @@ impl<V: Vendor> State<V> {
     #[inline]
     pub(crate) fn completed(&mut self, next_rip: u64) {
         self.regs.rip = next_rip;
+        self.instruction_retired();
         self.hw.set_interrupt_shadow(false);
         self.regs.rflags &= !rflags::RF;
         if self.debug.steps() {
@@ -374,6 +402,7 @@ impl<V: Vendor> State<V> {
                 self.handle_exception(*exception);
                 Ok(())
             }
+            Exit::Rdpmc if self.pmu.is_some() => return Handled::Slow,
             Exit::Rdpmc => {
                 self.events.raise(Exception::GP0);
                 Ok(())
@@ -413,6 +442,14 @@ impl<V: Vendor> State<V> {
                 return;
             }
         }
+        if exception.vector == vector::AC
+            && !check::alignment_checked(self.hw.cpl(), self.hw.cr0(), self.regs.rflags)
+            && !SPLIT_LOCK_TOLD.swap(true, Ordering::Relaxed)
+        {
+            pr_warn!(
+                "a guest's locked access crossed cache lines, and this host detects that: the guest gets #AC (split_lock_detect=off)\n"
+            );
+        }
         self.events.raise(exception);
     }
 
@@ -451,7 +488,9 @@ impl<V: Vendor> State<V> {
 
     fn nested_fault_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> Handled {
         trace::page_fault(self.index as u32, fault.gpa.0, fault.write, fault.execute, fault.present);
-        match vm.memory.fault(fault, false) {
+        let done = vm.memory.fault(fault, false);
+        self.expects_device = matches!(done, Ok(Fault::Mmio));
+        match done {
             Ok(Fault::Mapped) => Handled::Resume,
             Ok(Fault::Mmio) => Handled::Device,
             _ => Handled::Slow,
@@ -567,12 +606,13 @@ impl<V: Vendor> Vcpu<V> {
             }
         }
         let skipped = match exit {
-            Exit::NestedFault(fault) => match vm.memory.fault(fault, true)? {
+            Exit::NestedFault(fault) => match self.resolve_fault(fault)? {
                 Fault::Mapped | Fault::Sleep => return Ok(None),
                 Fault::Mmio => return self.emulate(core, Some(fault)),
             },
             Exit::Port(access) if !access.string => return Ok(self.port_to_user(core, access)),
             Exit::Port(_) | Exit::ControlRegister(_) | Exit::DebugRegister(_) => return self.emulate(core, None),
+            Exit::TaskSwitch(switch) => return Ok(self.switch_task(core, *switch)),
             Exit::Cpuid => {
                 let xcr0 = core.fpu.xcr0();
                 state.handle_cpuid(vm, xcr0, true)
@@ -586,7 +626,15 @@ impl<V: Vendor> Vcpu<V> {
                 let access = if *exit == Exit::Rdmsr { Access::Read } else { Access::Write };
                 return Ok(core.handle_msr_slow(vm, access).unwrap_or(None));
             }
-            Exit::Hypercall => state.handle_hypercall(vm, true),
+            Exit::Hypercall => match state.hypercall_to_user(vm) {
+                Ok(Some((pending, report))) => {
+                    core.pending = pending;
+                    return Ok(Some(report));
+                }
+                Ok(None) => state.handle_hypercall(vm, true),
+                Err(NotNow) => Err(NotNow),
+            },
+            Exit::Rdpmc => state.handle_rdpmc(vm),
             Exit::Invd => state.skip(vm, Intercepted::Invd, true),
             Exit::Wbinvd => state.skip(vm, Intercepted::Wbinvd, true),
             Exit::Pause => state.skip(vm, Intercepted::Pause, true),
@@ -620,6 +668,17 @@ impl<V: Vendor> Vcpu<V> {
                 Ok(None)
             }
         }
+    }
+
+    /// Maps what a nested fault asked for. Of memory that is not there userspace learns where: KVM_CAP_MEMORY_FAULT_INFO.
+    fn resolve_fault(&self, fault: &NestedFault) -> Result<Fault> {
+        self.vm.memory.fault(fault, true).inspect_err(|error| {
+            if *error == EFAULT {
+                let page = ExitMemoryFault { flags: 0, gpa: fault.gpa.0 & !0xFFF, size: 4096 };
+                self.run.write(EXIT_UNION, &page);
+                self.run.store(EXIT_REASON, KVM_EXIT_MEMORY_FAULT);
+            }
+        })
     }
 
     /// IN or OUT that no device in the kernel took.

@@ -98,6 +98,7 @@ impl VcpuTsc {
         }
     }
 
+    /// For this TSC alone.
     fn set_offset(&mut self, offset: u64) {
         self.now.offset = offset;
         if let Some(wanted) = &mut self.wanted {
@@ -119,8 +120,17 @@ impl<V: Vendor> State<V> {
         self.tsc.now.offset
     }
 
+    /// The guest, or userspace for it, moves this TSC against the others.
     pub(crate) fn set_tsc_offset(&mut self, offset: u64) {
         self.tsc.set_offset(offset);
+        self.tsc_changed();
+    }
+
+    /// Userspace sets the offset.
+    pub(crate) fn write_tsc_offset(&mut self, offset: u64, clock: &VmClock) {
+        clock.write_tsc_offset(offset, &self.tsc);
+        self.tsc.now.offset = offset;
+        self.tsc.follow(clock);
         self.tsc_changed();
     }
 

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 //! KVM's hypercalls, and the hypercall instruction of the other vendor. Linux "Documentation/virt/kvm/x86/hypercalls.rst".
 //!
-//! Not supported: KVM_HC_CLOCK_PAIRING, KVM_HC_MAP_GPA_RANGE. SCHED_YIELD is a hint, and taken as one.
+//! MAP_GPA_RANGE is userspace's to answer, where it asked for that. SCHED_YIELD is a hint, and taken as one.
 #![forbid(unsafe_code)]
 
 use crate::{
-    abi::vm::KVM_X86_QUIRK_FIX_HYPERCALL_INSN,
-    arch::{cpuid::kvm_eax, segment::SegmentName, Gva},
+    abi::{
+        pvclock::KvmClockPairing, run::KVM_HC_MAP_GPA_RANGE, vm::KVM_X86_QUIRK_FIX_HYPERCALL_INSN, FromZeros, IntoBytes,
+    },
+    arch::{cpuid::kvm_eax, segment::SegmentName, Gpa, Gva},
     emul::{Intercepted, Mode},
-    exits::NotNow,
+    exits::{NotNow, ToUser},
+    glue::timer,
     guest::{Exception, Gpr},
     irqchip::{
         message::{DeliveryMode, DestMode, Shorthand, Trigger},
         Message,
     },
     mmu::{guest_mem::GuestMem, walk},
-    vcpu::{request, State},
+    vcpu::{request, Pending, State},
     vendor::{Vendor, VendorVcpu},
     vm::Vm,
 };
@@ -24,33 +27,87 @@ use crate::{
 mod number {
     pub(super) const VAPIC_POLL_IRQ: u64 = 1;
     pub(super) const KICK_CPU: u64 = 5;
+    pub(super) const CLOCK_PAIRING: u64 = 9;
     pub(super) const SEND_IPI: u64 = 10;
     pub(super) const SCHED_YIELD: u64 = 11;
+    pub(super) const MAP_GPA_RANGE: u64 = super::KVM_HC_MAP_GPA_RANGE;
 }
 
-/// `KVM_ENOSYS`, `EPERM` and `EINVAL` as a guest sees them.
+/// `KVM_ENOSYS`, `EPERM`, `EFAULT`, `EINVAL` and `EOPNOTSUPP` as a guest sees them.
 const ENOSYS: u64 = -1000i64 as u64;
 const EPERM: u64 = -1i64 as u64;
+const EFAULT: u64 = -14i64 as u64;
 const EINVAL: u64 = -22i64 as u64;
+const EOPNOTSUPP: u64 = -95i64 as u64;
+
+const NS_PER_SECOND: u64 = 1_000_000_000;
 
 /// VMCALL of Intel and VMMCALL of AMD: three bytes each.
 const HYPERCALLS: [[u8; 3]; 2] = [[0x0F, 0x01, 0xC1], [0x0F, 0x01, 0xD9]];
 
 impl<V: Vendor> State<V> {
-    /// VMCALL or VMMCALL: a number and four arguments in, a result in RAX.
+    /// Bits of a register that a hypercall has now: its number is in RAX, its arguments are in RBX, RCX, RDX and RSI.
+    fn hypercall_mask(&self) -> u64 {
+        if self.mode() == Mode::Long64 {
+            u64::MAX
+        } else {
+            u32::MAX.into()
+        }
+    }
+
+    /// VMCALL or VMMCALL: a number and four arguments in, a result in RAX. Not one for [`hypercall_to_user`](Self::hypercall_to_user).
     pub(crate) fn handle_hypercall(&mut self, vm: &Vm<V>, may_sleep: bool) -> Result<(), NotNow> {
+        let mask = self.hypercall_mask();
+        let number = self.gpr(Gpr::Rax) & mask;
+        if !may_sleep && matches!(number, number::CLOCK_PAIRING | number::MAP_GPA_RANGE) {
+            return Err(NotNow);
+        }
         self.skip(vm, Intercepted::Hypercall, may_sleep)?;
-        let long = self.mode() == Mode::Long64;
-        let mask = if long { u64::MAX } else { u32::MAX.into() };
         let result = match self.hw.cpl() {
             0 => {
                 let arguments = [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx, Gpr::Rsi].map(|register| self.gpr(register) & mask);
-                self.hypercall(vm, self.gpr(Gpr::Rax) & mask, arguments, if long { 64 } else { 32 })
+                self.hypercall(vm, number, arguments, mask.count_ones())
             }
             _ => EPERM,
         };
         self.set_gpr(Gpr::Rax, result & mask);
         Ok(())
+    }
+
+    /// A hypercall that userspace answers. `None`: [`handle_hypercall`](Self::handle_hypercall) does.
+    pub(crate) fn hypercall_to_user(&self, vm: &Vm<V>) -> Result<Option<(Pending, ToUser)>, NotNow> {
+        let mask = self.hypercall_mask();
+        let [first, count, attributes] = [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx].map(|register| self.gpr(register) & mask);
+        let wanted = self.gpr(Gpr::Rax) & mask == number::MAP_GPA_RANGE
+            && vm.enabled.has_hypercall_exit(number::MAP_GPA_RANGE)
+            && self.hw.cpl() == 0;
+        if !wanted || !is_range(first, count) {
+            return Ok(None);
+        }
+        let next_rip = self.next_instruction(vm, Intercepted::Hypercall, true)?;
+        let report = ToUser::Hypercall {
+            number: number::MAP_GPA_RANGE,
+            arguments: [first, count, attributes],
+            long: mask == u64::MAX,
+        };
+        Ok(Some((Pending::Hypercall { rip: self.regs.rip, next_rip, mask }, report)))
+    }
+
+    /// KVM_HC_CLOCK_PAIRING: writes the time of day, and the guest's TSC at that time, to the guest's memory.
+    fn pair_clocks(&self, vm: &Vm<V>, at: u64, clock: u64) -> u64 {
+        const WALL_CLOCK: u64 = 0;
+        let now = timer::instant();
+        let Some(host_tsc) = now.tsc.filter(|_| clock == WALL_CLOCK && self.tsc.is_even()) else { return EOPNOTSUPP };
+        let pairing = KvmClockPairing {
+            sec: now.real_ns / NS_PER_SECOND,
+            nsec: now.real_ns % NS_PER_SECOND,
+            tsc: self.tsc.relation().at(host_tsc),
+            ..KvmClockPairing::new_zeroed()
+        };
+        match vm.memory.view(true).write(Gpa(at), pairing.as_bytes()) {
+            Ok(()) => 0,
+            Err(_) => EFAULT,
+        }
     }
 
     fn hypercall(&self, vm: &Vm<V>, number: u64, arguments: [u64; 4], word_bits: u32) -> u64 {
@@ -65,6 +122,9 @@ impl<V: Vendor> State<V> {
                 0
             }
             number::SEND_IPI if has(kvm_eax::PV_SEND_IPI) => send_ipi(vm, arguments, word_bits),
+            number::CLOCK_PAIRING => self.pair_clocks(vm, arguments[0], arguments[1]),
+            // What of it is userspace's went there.
+            number::MAP_GPA_RANGE if vm.enabled.has_hypercall_exit(number) => EINVAL,
             number::SCHED_YIELD if has(kvm_eax::PV_SCHED_YIELD) => 0,
             _ => ENOSYS,
         }
@@ -97,6 +157,11 @@ impl<V: Vendor> State<V> {
             }
         }
     }
+}
+
+/// Whether `count` pages from `first` on are a range to be mapped otherwise.
+fn is_range(first: u64, count: u64) -> bool {
+    first % 4096 == 0 && (first >> 12).checked_add(count).is_some_and(|end| end > first >> 12)
 }
 
 /// KVM_HC_SEND_IPI: a bit map of CPUs from an APIC ID on, and the low word of an ICR. Returns how many took it.

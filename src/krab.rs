@@ -39,6 +39,7 @@ mod irq;
 mod irq_eventfd;
 mod memory;
 mod msrs;
+mod pmu;
 mod run;
 mod slot_table;
 mod software;
@@ -135,6 +136,7 @@ fn vmx_options() -> VmxOptions {
         pml: *module_parameters::pml.value() != 0,
         accessed_dirty: *module_parameters::ept_ad.value() != 0,
         unrestricted_guest: *module_parameters::unrestricted_guest.value() != 0,
+        fred: false,
         preemption_timer: (*module_parameters::preemption_timer.value() != 0).then(glue::timer::tsc_khz),
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     arch::{paging::Level, Gfn, Gpa, Hpa, Hva},
     glue::{
         error,
-        guest_mem::{AddressSpace, Invalidate, Want},
+        guest_mem::{AddressSpace, HostPages, Invalidate, Want},
         phys::{Bytes, PhysBox},
         signal,
         srcu::{SrcuCell, SrcuGuard},
@@ -551,8 +551,13 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             let limit =
                 if slot.logs_dirty() { Level::Page4K } else { slot.max_level(gfn).min(page.level()).min(self.largest) };
             // A refused write of a page that is there comes from dirty logging: its neighbours are there as well.
-            let around = (limit == Level::Page4K && page.is_memory() && !fault.present)
-                .then(|| self.space.present(hva.wrapping_add(4096), AROUND, writable));
+            let mut around;
+            let mut neighbours: &[Option<Hpa>] = &[];
+            if limit == Level::Page4K && page.is_memory() && page.has_next() && !fault.present {
+                around = HostPages::none();
+                self.space.present(hva.wrapping_add(4096), AROUND, writable, &mut around);
+                neighbours = around.addresses();
+            }
 
             let mut nested = self.space.nested.lock();
             let Nested { table, pages } = &mut *nested;
@@ -575,10 +580,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 MapError::OutOfTables => ENOMEM,
                 MapError::BeyondRoot | MapError::Misaligned => EFAULT,
             })?;
-            if let Some(run) = &around {
+            if !neighbours.is_empty() {
                 let inside = slot.end().0.saturating_sub(gfn.0 + 1) as usize;
-                let addresses = run.addresses();
-                let neighbours = addresses.get(..addresses.len().min(inside)).unwrap_or(&[]);
+                let neighbours = neighbours.get(..neighbours.len().min(inside)).unwrap_or(&[]);
                 let prot = Prot { accessed: false, dirty: false, write: writable && unlogged, ..prot };
                 // Neighbours are a favour: without tables for them they wait for their own fault.
                 let _ = table.map_around(pages, Gfn(gfn.0 + 1), neighbours, prot);

@@ -69,8 +69,12 @@ impl<V: Vendor> State<V> {
 
     /// Reads an MSR. `fpu` is the extended state where it is at hand.
     pub(crate) fn read_msr(&mut self, vm: &Vm<V>, fpu: Option<&GuestFpu>, index: u32, by: By) -> Result<u64, Refused> {
+        if let Some(done) = self.read_pmu_msr(index, fpu.is_some()) {
+            return done;
+        }
         let register = match self.policy(vm, by, |msrs, context| msrs.read(context, index)) {
             Read::Value(value) => return Ok(value),
+            Read::Gp if by == By::Host && Self::is_listed_pmu_msr(vm, index) => return Ok(0),
             Read::Gp => return Err(Refused::Gp),
             Read::Register(register) => register,
         };
@@ -98,8 +102,12 @@ impl<V: Vendor> State<V> {
         value: u64,
         by: By,
     ) -> Result<(), Refused> {
+        if let Some(done) = self.write_pmu_msr(index, value, by, fpu.is_some()) {
+            return done;
+        }
         let (register, value) = match self.policy(vm, by, |msrs, context| msrs.write(context, index, value)) {
             Write::Done => return Ok(()),
+            Write::Gp if by == By::Host && value == 0 && Self::is_listed_pmu_msr(vm, index) => return Ok(()),
             Write::Gp => return Err(Refused::Gp),
             Write::Effect(effect) => {
                 self.msr_effect(effect);
@@ -170,6 +178,11 @@ impl<V: Vendor> State<V> {
             Effect::PredCmd(value) => cpu::write_pred_cmd(value),
             Effect::FlushCmd(value) => cpu::write_flush_cmd(value),
         }
+    }
+
+    /// Whether the guest has such an MSR, whatever it may do with it.
+    fn knows_msr(&mut self, vm: &Vm<V>, index: u32) -> bool {
+        self.has_pmu_msr(index) || self.policy(vm, By::Guest, |msrs, context| msrs.knows(context, index))
     }
 
     fn msr_operands(&self) -> (u32, u64) {
@@ -256,7 +269,7 @@ impl<V: Vendor> Core<V> {
             match done {
                 Ok(()) => return Ok(None),
                 Err(Stopped::Again) => return Err(NotNow),
-                Err(Stopped::Gp) => match state.policy(vm, By::Guest, |msrs, context| msrs.knows(context, index)) {
+                Err(Stopped::Gp) => match state.knows_msr(vm, index) {
                     true => KVM_MSR_EXIT_REASON_INVAL,
                     false => KVM_MSR_EXIT_REASON_UNKNOWN,
                 },

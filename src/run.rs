@@ -11,8 +11,8 @@ use kernel::prelude::*;
 use crate::{
     abi::{
         run::{
-            self, ExitMsr, KVM_EXIT_INTR, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
-            KVM_SYNC_X86_VALID_FIELDS,
+            self, ExitHypercall, ExitMsr, KVM_EXIT_INTR, KVM_EXIT_UNKNOWN, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
+            KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
         },
         stats::VcpuStat,
         vcpu::KvmRegs,
@@ -35,7 +35,7 @@ use crate::{
         event::vector,
         exit::NestedFault,
         queue::{Entry, Readiness},
-        Event, Exception, Exit,
+        Event, Exception, Exit, Gpr,
     },
     irqchip::lapic::Lapic,
     mmu::guest_mem::GuestMem,
@@ -180,6 +180,14 @@ impl<V: Vendor> Vcpu<V> {
             Pending::EmulatedPortIn => core.emulator.complete_port_in(),
             Pending::MmioRead => return self.answer_read(core, self.run.load(run::EXIT_UNION + 8)),
             Pending::Emulation => {}
+            Pending::Hypercall { rip, next_rip, mask } => {
+                let answer: ExitHypercall = self.run.read(run::EXIT_UNION);
+                if core.state.regs.rip == rip {
+                    core.state.set_gpr(Gpr::Rax, answer.ret & mask);
+                    core.state.completed(next_rip);
+                }
+                return Ok(None);
+            }
             Pending::Msr { read, rip, next_rip } => {
                 let answer: ExitMsr = self.run.read(run::EXIT_UNION);
                 if answer.error != 0 {
@@ -203,6 +211,8 @@ impl<V: Vendor> Vcpu<V> {
         if self.run.load::<u8>(run::IMMEDIATE_EXIT) != 0 {
             return Err(EINTR);
         }
+        // For errors that say no more.
+        self.run.store(run::EXIT_REASON, KVM_EXIT_UNKNOWN);
         loop {
             if task::work_pending() {
                 task::handle_work()?;
@@ -284,6 +294,10 @@ impl<V: Vendor> Vcpu<V> {
         if requests & request::EOI_LISTENERS != 0 {
             core.state.hw.set_eoi_listeners(&self.vm.irq.eoi_listeners());
         }
+        if requests & request::EVENT_FILTER != 0 {
+            core.state.update_event_filter(&self.vm);
+        }
+        core.state.serve_pmu();
     }
 
     /// Sleeps until there is something for a vCPU that does not run.
@@ -337,6 +351,7 @@ impl<V: Vendor> Vcpu<V> {
         self.peer.stats.count(VcpuStat::FpuReload);
         let loaded = Loaded::new(state, irqs);
         let state = &mut *loaded.state;
+        state.load_counters(irqs);
         loop {
             if self.has_mail() {
                 state.drain_inbox(&self.vm, &self.peer);
@@ -359,6 +374,9 @@ impl<V: Vendor> Vcpu<V> {
             if state.hw.wants_pdptes() || state.hw.needs_software(&state.regs) {
                 return Some(Slow::Work);
             }
+            if state.pmu.as_ref().is_some_and(|pmu| pmu.has_work()) {
+                return Some(Slow::Work);
+            }
             let user_window = asked && state.accepts_user_interrupt();
             if user_window && state.takes_user_interrupt() {
                 return Some(Slow::InterruptWindow);
@@ -379,7 +397,7 @@ impl<V: Vendor> Vcpu<V> {
             state.look_at_code(&exit, &in_guest);
             state.take_written(&self.vm, irqs);
             drop(in_guest);
-            trace::exit(self.peer.id, state.regs.rip, exit.number());
+            trace::exit(self.peer.id, state.regs.rip, &exit);
             self.peer.stats.exit(&exit);
             state.after_exit();
             match exit {
@@ -393,7 +411,13 @@ impl<V: Vendor> Vcpu<V> {
                     Handled::Resume if state.debug.has_stepped() => return Some(Slow::Work),
                     Handled::Resume => {}
                     Handled::Blocked => return Some(Slow::Work),
-                    Handled::Slow => return Some(Slow::Exit(exit)),
+                    Handled::Slow => {
+                        if matches!(exit, Exit::NestedFault(_)) {
+                            // Only the page is wanted.
+                            state.hw.leave_registers();
+                        }
+                        return Some(Slow::Exit(exit));
+                    }
                     Handled::Device => match exit {
                         Exit::NestedFault(fault) => return Some(Slow::Device(fault)),
                         exit => return Some(Slow::Exit(exit)),
@@ -413,7 +437,12 @@ impl<V: Vendor> State<V> {
 
     /// Reads the page-directory-pointer entries of PAE paging. Where there is no memory they are not present.
     #[cold]
-    fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+    pub(crate) fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+        let entries = self.read_pdptes(vm);
+        self.hw.set_pdptes(entries);
+    }
+
+    pub(crate) fn read_pdptes(&self, vm: &crate::vm::Vm<V>) -> [u64; 4] {
         let table = Gpa(self.hw.cr3() & 0xFFFF_FFE0);
         let mut entries = [0; 4];
         for (entry, at) in entries.iter_mut().zip(0..) {
@@ -422,7 +451,7 @@ impl<V: Vendor> State<V> {
                 *entry = u64::from_le_bytes(bytes);
             }
         }
-        self.hw.set_pdptes(entries);
+        entries
     }
 
     /// Puts the pages that hardware noted as written into the dirty log.
@@ -437,7 +466,9 @@ impl<V: Vendor> State<V> {
     fn look_at_code(&mut self, exit: &Exit, in_guest: &InGuest<'_>) {
         self.code = None;
         let wanted = match exit {
-            Exit::NestedFault(fault) => !fault.present && !fault.execute && self.hw.instruction_bytes().is_none(),
+            Exit::NestedFault(fault) => {
+                self.expects_device && !fault.present && !fault.execute && self.hw.instruction_bytes().is_none()
+            }
             Exit::Cpuid
             | Exit::Hypercall
             | Exit::Rdmsr

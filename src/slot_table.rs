@@ -3,7 +3,7 @@
 //! change. So a change costs much less than there are slots, and readers see each table whole.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::AtomicU64;
+use core::{ops::Range, sync::atomic::AtomicU64};
 
 use kernel::{prelude::*, sync::Arc};
 
@@ -83,21 +83,20 @@ impl Slots {
         self.chunks.partition_point(|chunk| chunk.base() <= base).saturating_sub(1)
     }
 
-    /// A table with `chunks` in the place of the chunk at `at`.
-    fn with_chunks(&self, at: usize, chunks: impl Iterator<Item = Result<Arc<Chunk>>>) -> Result<Self> {
+    /// A table with `chunks` in the place of those in `range`.
+    fn with_chunks(&self, range: Range<usize>, chunks: impl Iterator<Item = Result<Arc<Chunk>>>) -> Result<Self> {
         let mut new = KVec::with_capacity(self.chunks.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
-        new.extend_from_slice(self.chunks.get(..at).unwrap_or(&[]), GFP_KERNEL_ACCOUNT)?;
+        new.extend_from_slice(self.chunks.get(..range.start).unwrap_or(&[]), GFP_KERNEL_ACCOUNT)?;
         for chunk in chunks {
             new.push(chunk?, GFP_KERNEL_ACCOUNT)?;
         }
-        new.extend_from_slice(self.chunks.get(at.wrapping_add(1)..).unwrap_or(&[]), GFP_KERNEL_ACCOUNT)?;
+        new.extend_from_slice(self.chunks.get(range.end..).unwrap_or(&[]), GFP_KERNEL_ACCOUNT)?;
         Ok(Self { chunks: new })
     }
 
-    /// A table without the slot at `base`, if there is one, and with `slot` instead.
-    fn edited(&self, base: Gfn, slot: Option<Slot>) -> Result<Self> {
-        let at = self.chunk_for(base);
-        let old = self.chunks.get(at).map_or(&[][..], |chunk| &chunk.slots);
+    /// The chunk at `at` without the slot at `base`, if there is one, and with `slot` instead.
+    fn edited(&self, at: usize, base: Gfn, slot: Option<Slot>) -> Result<KVec<Slot>> {
+        let old = self.slots_of(at);
         let mut edited = KVec::with_capacity(old.len().saturating_add(1), GFP_KERNEL_ACCOUNT)?;
         let (below, above) = old.split_at_checked(old.partition_point(|old| old.base < base)).unwrap_or((old, &[]));
         edited.extend_from_slice(below, GFP_KERNEL_ACCOUNT)?;
@@ -107,24 +106,48 @@ impl Slots {
         for slot in above.iter().filter(|old| old.base != base) {
             edited.push(slot.clone(), GFP_KERNEL_ACCOUNT)?;
         }
-        if edited.len() <= CHUNK {
-            let chunk = (!edited.is_empty()).then(|| Chunk::new(edited));
-            return self.with_chunks(at, chunk.into_iter());
-        }
-        let mut upper = KVec::with_capacity(CHUNK, GFP_KERNEL_ACCOUNT)?;
-        upper.extend_from_slice(edited.get(CHUNK / 2..).unwrap_or(&[]), GFP_KERNEL_ACCOUNT)?;
-        edited.truncate(CHUNK / 2);
-        self.with_chunks(at, [Chunk::new(edited), Chunk::new(upper)].into_iter())
+        Ok(edited)
+    }
+
+    /// The slots of the chunk at `at`; none if there is no such chunk.
+    fn slots_of(&self, at: usize) -> &[Slot] {
+        self.chunks.get(at).map_or(&[], |chunk| &chunk.slots)
     }
 
     /// A table with one more slot, or with this one instead of that at the same frame.
     pub(crate) fn with(&self, slot: Slot) -> Result<Self> {
-        self.edited(slot.base, Some(slot))
+        let at = self.chunk_for(slot.base);
+        let range = at..at.wrapping_add(1);
+        let mut edited = self.edited(at, slot.base, Some(slot))?;
+        if edited.len() <= CHUNK {
+            return self.with_chunks(range, [Chunk::new(edited)].into_iter());
+        }
+        let mut upper = KVec::with_capacity(CHUNK, GFP_KERNEL_ACCOUNT)?;
+        upper.extend_from_slice(edited.get(CHUNK / 2..).unwrap_or(&[]), GFP_KERNEL_ACCOUNT)?;
+        edited.truncate(CHUNK / 2);
+        self.with_chunks(range, [Chunk::new(edited), Chunk::new(upper)].into_iter())
     }
 
-    /// A table without the slot that begins at `base`.
+    /// A table without the slot that begins at `base`. Two neighbours that have become few are one chunk again: any two have more than
+    /// half a chunk, so that the chunks are never many more than the slots want.
     pub(crate) fn without(&self, base: Gfn) -> Result<Self> {
-        self.edited(base, None)
+        let at = self.chunk_for(base);
+        let mut edited = self.edited(at, base, None)?;
+        let room = (CHUNK / 2).saturating_sub(edited.len());
+        let joins = |neighbour: &usize| (1..=room).contains(&self.slots_of(*neighbour).len());
+        let mut range = at..at.wrapping_add(1);
+        if let Some(below) = at.checked_sub(1).filter(joins) {
+            let mut joined = KVec::with_capacity(CHUNK, GFP_KERNEL_ACCOUNT)?;
+            joined.extend_from_slice(self.slots_of(below), GFP_KERNEL_ACCOUNT)?;
+            joined.extend_from_slice(&edited, GFP_KERNEL_ACCOUNT)?;
+            edited = joined;
+            range.start = below;
+        } else if let Some(above) = Some(range.end).filter(joins) {
+            edited.extend_from_slice(self.slots_of(above), GFP_KERNEL_ACCOUNT)?;
+            range.end = above.wrapping_add(1);
+        }
+        let chunk = (!edited.is_empty()).then(|| Chunk::new(edited));
+        self.with_chunks(range, chunk.into_iter())
     }
 }
 

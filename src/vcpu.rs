@@ -50,6 +50,7 @@ use crate::{
     },
     msrs::MsrFilter,
     new_killable_mutex,
+    pmu::VcpuPmu,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
     stats::{VcpuStats, VmStats},
     to_user::LocalApicUser,
@@ -73,6 +74,8 @@ pub(crate) mod request {
     pub(crate) const LOG_WRITES: u64 = 1 << 6;
     /// Other vectors have an end that somebody wants to know, where the CPU ends interrupts.
     pub(crate) const EOI_LISTENERS: u64 = 1 << 5;
+    /// The VM has another filter of events that may be counted.
+    pub(crate) const EVENT_FILTER: u64 = 1 << 7;
 }
 
 /// What other threads see of a vCPU.
@@ -300,6 +303,12 @@ pub(crate) enum Pending {
     MmioRead,
     /// The emulator has more to do.
     Emulation,
+    /// A hypercall at `rip`, whose result userspace gives; `mask`: bits that it has.
+    Hypercall {
+        rip: u64,
+        next_rip: u64,
+        mask: u64,
+    },
     /// RDMSR or WRMSR at `rip`, which userspace carries out.
     Msr {
         read: bool,
@@ -317,6 +326,8 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) cpuid: KBox<CpuidTable<KVVec<KvmCpuidEntry2>>>,
     pub(crate) caps: GuestCaps,
     pub(crate) msrs: KBox<MsrState>,
+    /// Performance counters, if the guest has any.
+    pub(crate) pmu: Option<KBox<VcpuPmu>>,
     /// Accesses that userspace denies.
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// The guest may use only those paravirtual features that its CPUID shows.
@@ -348,6 +359,8 @@ pub(crate) struct State<V: Vendor> {
     pub(crate) clock: VcpuClock,
     pub(crate) debug: GuestDebug,
     pub(crate) code_cache: CodeCache,
+    /// The last nested fault was an access to a device: the next one is expected to be, too.
+    pub(crate) expects_device: bool,
     /// The bytes at RIP at the last exit, where they were at hand.
     pub(crate) code: Option<[u8; 16]>,
     /// IA32_APIC_BASE where userspace has the local APIC.
@@ -413,7 +426,7 @@ impl<V: Vendor> Vcpu<V> {
             GFP_KERNEL_ACCOUNT,
         )?;
         peer.kick.post_quietly(request::LOG_WRITES);
-        let mut hw = vm.host.owner.hardware().new_vcpu()?;
+        let mut hw = vm.host.owner.hardware().new_vcpu(vm.enabled.unintercepted())?;
         hw.set_nested_root(vm.memory.root());
         let mut tsc = VcpuTsc::new(vm.enabled.tsc_khz(), vm.host.owner.hardware().tsc_format());
         tsc.start(&vm.clock);
@@ -450,6 +463,7 @@ impl<V: Vendor> Vcpu<V> {
             cpuid,
             caps,
             msrs,
+            pmu: None,
             msr_filter,
             enforce_pv: false,
             pv_features: u32::MAX,
@@ -468,6 +482,7 @@ impl<V: Vendor> Vcpu<V> {
             index,
             clock: VcpuClock::new(peer.clone()),
             debug: GuestDebug::default(),
+            expects_device: false,
             code_cache: CodeCache::new(vm.memory.root(), vm.host.owner.hardware().nested_levels()),
             code: None,
             user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },

@@ -12,6 +12,7 @@ use crate::{
         FromZeros, IntoBytes,
     },
     arch::{cr::cr4, Gpa, Gva, Hva},
+    clock::VmClock,
     dev::each_msr,
     enable_cap::Enabled,
     glue::{fpu, lock::lock_killable, timer, user},
@@ -24,12 +25,14 @@ use crate::{
     mmu::{guest_mem::GuestMem, walk},
     policy::{
         caps::GuestCaps,
-        cpuid_table::CpuidTable,
+        cpuid_table::{withhold_unhalt, CpuidTable},
         msr::{By, Reported},
+        vmx::pdpte,
     },
     stats::StatsFile,
     vcpu::{Core, MpState, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    vm::Vm,
 };
 
 /// Reads the argument, calls `f` with it, returns 0.
@@ -60,6 +63,11 @@ impl<V: Vendor> Vcpu<V> {
             }),
             KVM_GET_SREGS => give(at, &core.state.sregs()),
             KVM_SET_SREGS => with(at, |sregs: KvmSregs| core.set_sregs(self, &sregs)),
+            KVM_GET_SREGS2 => {
+                let pdptrs = core.state.pdptrs(vm);
+                give(at, &KvmSregs2::new(&core.state.sregs(), pdptrs))
+            }
+            KVM_SET_SREGS2 => with(at, |sregs: KvmSregs2| core.set_sregs2(self, &sregs)),
             KVM_GET_FPU => give(at, &core.fpu()),
             KVM_SET_FPU => with(at, |fpu: KvmFpu| core.set_fpu(&fpu)),
             KVM_TRANSLATE => {
@@ -118,6 +126,20 @@ impl<V: Vendor> Vcpu<V> {
                 let written = core.state.write_msr(vm, Some(&mut core.fpu), entry.index, entry.data, By::Host);
                 written.map_err(|_| EINVAL)
             }),
+            KVM_GET_ONE_REG | KVM_SET_ONE_REG => with(at, |reg: KvmOneReg| {
+                let index = one_reg_msr(reg.id).ok_or(EINVAL)?;
+                if cmd == KVM_GET_ONE_REG {
+                    let read = core.state.read_msr(vm, Some(&core.fpu), index, By::Host);
+                    return user::write(Hva(reg.addr), &read.map_err(|_| EINVAL)?);
+                }
+                let value: u64 = user::read(Hva(reg.addr))?;
+                let written = core.state.write_msr(vm, Some(&mut core.fpu), index, value, By::Host);
+                written.map_err(|_| EINVAL)
+            }),
+            KVM_GET_REG_LIST => {
+                let _room: u64 = user::read(at)?;
+                give(at, &0u64)
+            }
             KVM_SET_CPUID2 => with(at, |head: KvmCpuid2| core.set_cpuid(self, at, &head)),
             KVM_GET_CPUID2 => {
                 let mut head: KvmCpuid2 = user::read(at)?;
@@ -202,7 +224,7 @@ impl<V: Vendor> Vcpu<V> {
             }),
             KVM_SET_GUEST_DEBUG => with(at, |request: KvmGuestDebug| core.set_guest_debug(&request)),
             KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => {
-                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr))
+                with(at, |attr: KvmDeviceAttr| core.state.device_attribute(cmd, &attr, &vm.clock))
             }
             KVM_PRE_FAULT_MEMORY => {
                 let mut range: KvmPreFaultMemory = user::read(at)?;
@@ -271,14 +293,14 @@ impl<V: Vendor> Vcpu<V> {
 
 impl<V: Vendor> State<V> {
     /// The attributes of a vCPU: the offset of its TSC. `ENXIO` for others.
-    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr) -> Result {
+    fn device_attribute(&mut self, cmd: u32, attribute: &KvmDeviceAttr, clock: &VmClock) -> Result {
         if (attribute.group, attribute.attr) != (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET) {
             return Err(ENXIO);
         }
         match cmd {
             KVM_GET_DEVICE_ATTR => user::write(Hva(attribute.addr), &self.tsc_offset()),
             KVM_SET_DEVICE_ATTR => {
-                self.set_tsc_offset(user::read(Hva(attribute.addr))?);
+                self.write_tsc_offset(user::read(Hva(attribute.addr))?, clock);
                 Ok(())
             }
             _ => Ok(()),
@@ -293,6 +315,17 @@ impl<V: Vendor> State<V> {
             _ => self.user_interrupt.filter(|_| self.lapic.is_none()),
         };
         KvmSregs::new(&regs, self.apic_base(), queued)
+    }
+
+    /// The page-directory-pointer entries of a guest with PAE paging.
+    fn pdptrs(&mut self, vm: &Vm<V>) -> Option<[u64; 4]> {
+        if !pdpte::in_use(self.hw.cr0(), self.hw.cr4(), self.hw.efer()) {
+            return None;
+        }
+        if self.hw.wants_pdptes() {
+            self.load_pdptes(vm);
+        }
+        Some(self.hw.pdptes().unwrap_or_else(|| self.read_pdptes(vm)))
     }
 
     pub(crate) fn vcpu_events(&self, enabled: &Enabled) -> KvmVcpuEvents {
@@ -355,6 +388,31 @@ impl<V: Vendor> Core<V> {
     }
 
     pub(crate) fn set_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
+        self.set_common_sregs(vcpu, sregs)?;
+        let mut vectors = sregs.interrupt_bitmap.iter().enumerate().filter(|(_, word)| **word != 0);
+        let queued = vectors.next().map(|(n, word)| (n * 64) as u8 + word.trailing_zeros() as u8);
+        match (&self.state.lapic, queued) {
+            (None, queued) => self.state.user_interrupt = queued,
+            (Some(_), Some(vector)) => self.state.events.unfinished = Some(Event::Interrupt(vector)),
+            (Some(_), None) => {}
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_SREGS2: no interrupt, but the four entries of PAE paging. Where the CPU has them in no registers it goes by memory.
+    fn set_sregs2(&mut self, vcpu: &Vcpu<V>, sregs2: &KvmSregs2) -> Result {
+        let (sregs, pdptrs) = sregs2.parts().ok_or(EINVAL)?;
+        if pdptrs.is_some() && !pdpte::in_use(sregs.cr0, sregs.cr4, sregs.efer) {
+            return Err(EINVAL);
+        }
+        self.set_common_sregs(vcpu, &sregs)?;
+        if let Some(entries) = pdptrs {
+            self.state.hw.set_pdptes(entries);
+        }
+        Ok(())
+    }
+
+    fn set_common_sregs(&mut self, vcpu: &Vcpu<V>, sregs: &KvmSregs) -> Result {
         let state = &mut self.state;
         let regs = SystemRegs::from(sregs);
         let allowed = Allowed {
@@ -366,22 +424,14 @@ impl<V: Vendor> Core<V> {
         if !check::system_regs_valid(&regs, &allowed) {
             return Err(EINVAL);
         }
-        let mut vectors = sregs.interrupt_bitmap.iter().enumerate().filter(|(_, word)| **word != 0);
-        let queued = vectors.next().map(|(n, word)| (n * 64) as u8 + word.trailing_zeros() as u8);
         match &mut state.lapic {
             Some(lapic) => {
                 let bits = state.caps.physical_bits.into();
                 let work = lapic.write_base(sregs.apic_base, bits, true).map_err(|_| EINVAL)?;
                 lapic.set_cr8(regs.cr8 as u8);
                 state.lapic_work(&vcpu.vm, work);
-                if let Some(vector) = queued {
-                    state.events.unfinished = Some(Event::Interrupt(vector));
-                }
             }
-            None => {
-                state.set_user_apic_base(sregs.apic_base).map_err(|_| EINVAL)?;
-                state.user_interrupt = queued;
-            }
+            None => state.set_user_apic_base(sregs.apic_base).map_err(|_| EINVAL)?,
         }
         state.cr8 = regs.cr8 as u8;
         state.hw.set_tpr(state.cr8);
@@ -436,7 +486,11 @@ impl<V: Vendor> Core<V> {
     /// KVM_SET_CPUID2. After the first KVM_RUN only the same table is accepted.
     fn set_cpuid(&mut self, vcpu: &Vcpu<V>, at: Hva, head: &KvmCpuid2) -> Result {
         let at = at.wrapping_add(size_of::<KvmCpuid2>() as u64);
-        let entries: KVVec<KvmCpuidEntry2> = user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        let mut entries: KVVec<KvmCpuidEntry2> =
+            user::read_vec(at, head.nent as usize, KVM_MAX_CPUID_ENTRIES as usize)?;
+        if vcpu.vm.enabled.unintercepted().hlt {
+            withhold_unhalt(&mut entries);
+        }
         if self.ran {
             let dynamic = self.state.cpuid_dynamic(&vcpu.vm, self.fpu.xcr0());
             return self.state.cpuid.same_as(&entries, &dynamic).then_some(()).ok_or(EINVAL);
@@ -455,6 +509,7 @@ impl<V: Vendor> Core<V> {
         self.state.caps = caps;
         self.state.hw.set_cr4_allowed(caps.cr4);
         self.state.update_pv_features();
+        self.state.reset_pmu(&vcpu.vm)?;
         Ok(())
     }
 

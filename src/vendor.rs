@@ -10,7 +10,7 @@ use crate::{
         Gpa, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
-    guest::{Event, Exit, Regs, SystemRegs},
+    guest::{Event, Exit, Regs, SystemRegs, Unintercepted},
     irqchip::{lapic::Lapic, Bits256},
     mmu,
     policy::tsc::{Format, GuestTsc},
@@ -27,8 +27,8 @@ pub(crate) trait Vendor: Hardware + Sized {
     /// Its hypercall instruction: VMCALL, or VMMCALL.
     const HYPERCALL: [u8; 3];
 
-    /// A virtual CPU in its reset state.
-    fn new_vcpu(self: &Arc<Self>) -> Result<Self::Vcpu>;
+    /// A virtual CPU in its reset state. Its guest does what is in `free` without an exit.
+    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<Self::Vcpu>;
 
     /// Whether a guest can execute XSAVES and XRSTORS where the CPU has them.
     fn guest_xsaves(&self) -> bool;
@@ -57,6 +57,11 @@ pub(crate) trait Vendor: Hardware + Sized {
 
     /// Whether its CPUs take a guest's interrupts by themselves while they run it.
     fn takes_posted(&self) -> bool {
+        false
+    }
+
+    /// Whether the host's counters can be turned on for guests alone: [`VendorVcpu::enable_counters`].
+    fn counts_guests(&self) -> bool {
         false
     }
 
@@ -178,6 +183,10 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Takes back to `lapic` what the CPU has.
     fn take_back(&mut self, _lapic: &mut Lapic) {}
 
+    /// Which of the host's performance counters count in this guest, where [`Vendor::counts_guests`]: bits of IA32_PERF_GLOBAL_CTRL. After
+    /// `load`, until the next.
+    fn enable_counters(&mut self, _enabled: u64, _irqs: &IrqsOff) {}
+
     /// Whether the CPU cannot run the guest in the state that it is in, so that software has to.
     #[inline]
     fn needs_software(&self, _regs: &Regs) -> bool {
@@ -190,6 +199,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// an instruction of its own, and the CPU keeps the four entries in registers.
     fn wants_pdptes(&self) -> bool;
     fn set_pdptes(&mut self, entries: [u64; 4]);
+    /// Those in the CPU's registers, if it keeps them there. Not while `wants_pdptes`.
+    fn pdptes(&self) -> Option<[u64; 4]>;
 
     /// RIP behind the instruction that exited, where the CPU tells it.
     fn next_rip(&self) -> Option<u64>;
@@ -198,6 +209,9 @@ pub(crate) trait VendorVcpu: Send + 'static {
 
     /// In each window, before the first `run`.
     fn load(&mut self, irqs: &IrqsOff);
+    /// Nobody is going to look at the guest's registers after this exit: they need not be at hand behind `unload`.
+    #[inline]
+    fn leave_registers(&mut self) {}
     /// At the end of each window. Only now is RSP sure to be in `regs`.
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff);
     /// After each window: lets the host have the interrupt that the last exit took from it, if this CPU acknowledges them at exits.

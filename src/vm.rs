@@ -37,6 +37,7 @@ use crate::{
     irq::Irq,
     memory::{Memory, NestedLimits},
     msrs::MsrFilter,
+    pmu::EventFilter,
     stats::StatsFile,
     vcpu::{request, Peers, Vcpu},
     vendor::{Vendor, VendorVcpu},
@@ -61,6 +62,9 @@ pub(crate) struct Vm<V: Vendor> {
     /// What KVM_X86_SET_MSR_FILTER set. A vCPU has its own reference; [`request::MSR_FILTER`] makes it take this one.
     #[pin]
     pub(crate) msr_filter: Mutex<Option<Arc<MsrFilter>>>,
+    /// What KVM_SET_PMU_EVENT_FILTER set; [`request::EVENT_FILTER`] as above.
+    #[pin]
+    pub(crate) event_filter: Mutex<Option<Arc<EventFilter>>>,
     /// Last: the extension is needed until everything else is gone.
     pub(crate) host: InUse<V>,
 }
@@ -81,6 +85,7 @@ impl<V: Vendor> Vm<V> {
                 enabled: Enabled::new(),
                 folder: SetOnce::new(),
                 msr_filter <- new_mutex!(None),
+                event_filter <- new_mutex!(None),
                 host,
             }),
             GFP_KERNEL_ACCOUNT,
@@ -176,6 +181,10 @@ impl<V: Vendor> FileOperations for Vm<V> {
             }
             KVM_X86_SET_MSR_FILTER => {
                 this.set_msr_filter(&user::read::<KvmMsrFilter>(at)?)?;
+                Ok(0)
+            }
+            KVM_SET_PMU_EVENT_FILTER => {
+                this.set_event_filter(at)?;
                 Ok(0)
             }
             KVM_RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),

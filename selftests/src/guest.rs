@@ -183,7 +183,7 @@ pub struct Guest {
 }
 
 /// Segment descriptors of the kit: (base, type, s, dpl, l, db, g) in KVM's form.
-fn segment(selector: u16, type_: u8, l: u8, db: u8) -> kvm_segment {
+pub fn segment(selector: u16, type_: u8, l: u8, db: u8) -> kvm_segment {
     kvm_segment {
         base: 0,
         limit: 0xffff_ffff,

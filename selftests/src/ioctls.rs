@@ -134,7 +134,10 @@ ioctls! {
         KVM_SET_XSAVE = W 0xa5 kvm_xsave;
         KVM_GET_XCRS = R 0xa6 kvm_xcrs;
         KVM_SET_XCRS = W 0xa7 kvm_xcrs;
+        KVM_GET_ONE_REG = W 0xab kvm_one_reg;
+        KVM_SET_ONE_REG = W 0xac kvm_one_reg;
         KVM_KVMCLOCK_CTRL = N 0xad ();
+        KVM_GET_REG_LIST = RW 0xb0 u64;
         KVM_SMI = N 0xb7 ();
         KVM_GET_SREGS2 = R 0xcc kvm_sregs2;
         KVM_SET_SREGS2 = W 0xcd kvm_sregs2;

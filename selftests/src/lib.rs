@@ -4,6 +4,7 @@
 //! Nothing here hides an argument check: every ioctl goes through `libc::ioctl` as it is, so that wrong arguments can
 //! be passed as easily as right ones.
 
+pub mod counts;
 pub mod guest;
 pub mod harness;
 pub mod ioctls;

@@ -397,6 +397,16 @@ impl Vcpu {
         self.run()
     }
 
+    /// Runs a guest that halts in the kernel until it has. On a busy machine a signal comes before that.
+    pub fn run_to_halt(&self) {
+        loop {
+            assert_eq!(self.run_for(10), Err(sys::EINTR), "it halts");
+            if self.mp_state() == KVM_MP_STATE_HALTED {
+                return;
+            }
+        }
+    }
+
     /// What the run page says about the last exit.
     pub fn exit(&self) -> Exit {
         let run = self.page();

@@ -6,11 +6,11 @@
 #![forbid(unsafe_code)]
 
 use super::irq::KVM_MAX_IRQ_ROUTES;
-use super::run::KVM_SYNC_X86_VALID_FIELDS;
+use super::run::{KVM_EXIT_HYPERCALL_VALID_MASK, KVM_SYNC_X86_VALID_FIELDS};
 use super::vcpu::KVM_GUESTDBG_VALID_MASK;
 use super::vm::{
     KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_GFN_BYTES,
-    KVM_DIRTY_RING_MAX_ENTRIES, KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
+    KVM_DIRTY_RING_MAX_ENTRIES, KVM_PMU_CAP_DISABLE, KVM_X2APIC_API_VALID_FLAGS, SUPPORTED_QUIRKS,
 };
 
 /// Machine-check banks a vCPU may be given.
@@ -30,8 +30,12 @@ pub enum Answer {
     Xsave,
     /// 1 where the CPU scales guests' TSCs.
     TscScaling,
+    /// What userspace may choose about performance counters, where guests can have them.
+    PmuCapability,
     /// Bytes of `kvm_xsave` with every component a guest may have.
     XsaveBytes,
+    /// `KVM_X86_DISABLE_EXITS_*` that this host allows.
+    DisableExits,
 }
 
 /// What the module knows at run time.
@@ -44,8 +48,11 @@ pub struct Limits {
     pub memory_slots: u32,
     pub xsave: bool,
     pub tsc_scaling: bool,
+    /// Guests can have performance counters.
+    pub pmu: bool,
     /// At least 4,096.
     pub xsave_bytes: u32,
+    pub disable_exits: u64,
 }
 
 impl Answer {
@@ -60,7 +67,9 @@ impl Answer {
             Self::MemorySlots => limits.memory_slots,
             Self::Xsave => limits.xsave as u32,
             Self::TscScaling => limits.tsc_scaling as u32,
+            Self::PmuCapability => limits.pmu as u32 * KVM_PMU_CAP_DISABLE as u32,
             Self::XsaveBytes => limits.xsave_bytes,
+            Self::DisableExits => limits.disable_exits as u32,
         }
     }
 }
@@ -147,7 +156,7 @@ capabilities! {
     KVM_CAP_TSC_CONTROL = 60, TscScaling, "where the CPU scales";
     KVM_CAP_GET_TSC_KHZ = 61, Value(1);
     KVM_CAP_MAX_VCPUS = 66, MaxVcpus;
-    KVM_CAP_ONE_REG = 70, No;
+    KVM_CAP_ONE_REG = 70, Value(1), "MSRs";
     KVM_CAP_TSC_DEADLINE_TIMER = 72, Value(1);
     KVM_CAP_SYNC_REGS = 74, Value(KVM_SYNC_X86_VALID_FIELDS as u32), "registers, sregs, events";
     KVM_CAP_PCI_2_3 = 75, No;
@@ -175,7 +184,7 @@ capabilities! {
     KVM_CAP_MAX_VCPU_ID = 128, MaxVcpuId;
     KVM_CAP_X2APIC_API = 129, Value(KVM_X2APIC_API_VALID_FLAGS), "flags";
     KVM_CAP_IMMEDIATE_EXIT = 136, Value(1);
-    KVM_CAP_X86_DISABLE_EXITS = 143, No;
+    KVM_CAP_X86_DISABLE_EXITS = 143, DisableExits, "flags; PAUSE, and what the CPU allows";
     KVM_CAP_HYPERV_SYNIC2 = 148, No;
     KVM_CAP_HYPERV_VP_INDEX = 149, No;
     KVM_CAP_GET_MSR_FEATURES = 153, Value(1);
@@ -190,11 +199,11 @@ capabilities! {
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT = 166, No;
     KVM_CAP_HYPERV_CPUID = 167, No;
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168, Value(3), "flags";
-    KVM_CAP_PMU_EVENT_FILTER = 173, No;
+    KVM_CAP_PMU_EVENT_FILTER = 173, Value(1);
     KVM_CAP_HYPERV_DIRECT_TLBFLUSH = 175, No;
     KVM_CAP_HALT_POLL = 182, No;
     KVM_CAP_ASYNC_PF_INT = 183, No;
-    KVM_CAP_LAST_CPU = 184, No;
+    KVM_CAP_LAST_CPU = 184, Value(1);
     KVM_CAP_SMALLER_MAXPHYADDR = 185, No;
     KVM_CAP_STEAL_TIME = 187, Value(1);
     KVM_CAP_X86_USER_SPACE_MSR = 188, Value(1);
@@ -207,15 +216,15 @@ capabilities! {
     KVM_CAP_SGX_ATTRIBUTE = 196, No;
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM = 197, No;
     KVM_CAP_HYPERV_ENFORCE_CPUID = 199, No;
-    KVM_CAP_SREGS2 = 200, No;
-    KVM_CAP_EXIT_HYPERCALL = 201, No;
+    KVM_CAP_SREGS2 = 200, Value(1);
+    KVM_CAP_EXIT_HYPERCALL = 201, Value(KVM_EXIT_HYPERCALL_VALID_MASK as u32), "bit mask: MAP_GPA_RANGE";
     KVM_CAP_BINARY_STATS_FD = 203, Value(1);
     KVM_CAP_EXIT_ON_EMULATION_FAILURE = 204, Value(1);
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM = 206, No;
     KVM_CAP_VM_GPA_BITS = 207, No;
     KVM_CAP_XSAVE2 = 208, XsaveBytes, "bytes, 4,096 or more";
-    KVM_CAP_SYS_ATTRIBUTES = 209, No;
-    KVM_CAP_PMU_CAPABILITY = 212, No;
+    KVM_CAP_SYS_ATTRIBUTES = 209, Value(1);
+    KVM_CAP_PMU_CAPABILITY = 212, PmuCapability, "flags, where guests can have counters";
     KVM_CAP_DISABLE_QUIRKS2 = 213, Value(SUPPORTED_QUIRKS as u32), "quirks that can be turned off";
     KVM_CAP_VM_TSC_CONTROL = 214, TscScaling, "where the CPU scales";
     KVM_CAP_SYSTEM_EVENT_DATA = 215, No;
@@ -224,14 +233,14 @@ capabilities! {
     KVM_CAP_VM_DISABLE_NX_HUGE_PAGES = 220, No;
     KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223, Value(KVM_DIRTY_RING_MAX_ENTRIES * KVM_DIRTY_GFN_BYTES), "bytes of a ring";
     KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP = 225, No;
-    KVM_CAP_PMU_EVENT_MASKED_EVENTS = 226, No;
+    KVM_CAP_PMU_EVENT_MASKED_EVENTS = 226, Value(1);
     KVM_CAP_USER_MEMORY2 = 231, Value(1);
-    KVM_CAP_MEMORY_FAULT_INFO = 232, No;
+    KVM_CAP_MEMORY_FAULT_INFO = 232, Value(1);
     KVM_CAP_MEMORY_ATTRIBUTES = 233, No;
     KVM_CAP_GUEST_MEMFD = 234, No;
     KVM_CAP_VM_TYPES = 235, Value(1), "bit mask: type 0 only";
     KVM_CAP_PRE_FAULT_MEMORY = 236, Value(1);
     KVM_CAP_X86_APIC_BUS_CYCLES_NS = 237, Value(1), "nanoseconds; of a VM what it was set to";
-    KVM_CAP_X86_GUEST_MODE = 238, No;
+    KVM_CAP_X86_GUEST_MODE = 238, Value(1), "KVM_RUN_X86_GUEST_MODE, which is never set";
     KVM_CAP_GUEST_MEMFD_FLAGS = 244, No;
 }

@@ -2,7 +2,7 @@
 //! Between KVM's register structures and the guest words of the rest of the module.
 #![forbid(unsafe_code)]
 
-use super::vcpu::{KvmDtable, KvmRegs, KvmSegment, KvmSregs};
+use super::vcpu::{KvmDtable, KvmRegs, KvmSegment, KvmSregs, KvmSregs2, KVM_SREGS2_FLAGS_PDPTRS_VALID};
 use super::vm::{KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2};
 use crate::{
     arch::{
@@ -136,6 +136,48 @@ impl KvmSregs {
     }
 }
 
+impl KvmSregs2 {
+    /// `pdptrs`: of a guest with PAE paging.
+    pub fn new(sregs: &KvmSregs, pdptrs: Option<[u64; 4]>) -> Self {
+        let KvmSregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, .. } =
+            *sregs;
+        let flags = if pdptrs.is_some() { KVM_SREGS2_FLAGS_PDPTRS_VALID } else { 0 };
+        let pdptrs = pdptrs.unwrap_or([0; 4]);
+        Self { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags, pdptrs }
+    }
+
+    /// What it has in common with the older structure, and the entries if they count. `None` for an unknown flag.
+    pub fn parts(&self) -> Option<(KvmSregs, Option<[u64; 4]>)> {
+        let Self { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags, pdptrs } =
+            *self;
+        if flags & !KVM_SREGS2_FLAGS_PDPTRS_VALID != 0 {
+            return None;
+        }
+        let interrupt_bitmap = [0; 4];
+        let sregs = KvmSregs {
+            cs,
+            ds,
+            es,
+            fs,
+            gs,
+            ss,
+            tr,
+            ldt,
+            gdt,
+            idt,
+            cr0,
+            cr2,
+            cr3,
+            cr4,
+            cr8,
+            efer,
+            apic_base,
+            interrupt_bitmap,
+        };
+        Some((sregs, (flags != 0).then_some(pdptrs)))
+    }
+}
+
 impl From<&KvmSregs> for SystemRegs {
     /// The privilege level is SS's descriptor privilege level, as hardware has it.
     fn from(kvm: &KvmSregs) -> Self {
@@ -167,6 +209,18 @@ mod tests {
         let kvm = KvmRegs::read_from_bytes(&bytes).unwrap();
         let back = KvmRegs::from(&Regs::from(&kvm));
         assert_eq!(back, KvmRegs { rflags: kvm.rflags | 2, ..kvm });
+    }
+
+    #[test]
+    fn both_forms_of_the_system_registers_say_the_same() {
+        let bytes: std::vec::Vec<u8> = (0..312).map(|n| n as u8).collect();
+        let sregs = KvmSregs { interrupt_bitmap: [0; 4], ..KvmSregs::read_from_bytes(&bytes).unwrap() };
+        let plain = KvmSregs2::new(&sregs, None);
+        assert_eq!((plain.flags, plain.pdptrs, plain.parts()), (0, [0; 4], Some((sregs, None))));
+        assert_eq!(plain.as_bytes()[..280], sregs.as_bytes()[..280]);
+        let pae = KvmSregs2::new(&sregs, Some([1, 2, 3, 4]));
+        assert_eq!(pae.parts(), Some((sregs, Some([1, 2, 3, 4]))));
+        assert_eq!(KvmSregs2 { flags: 3, ..pae }.parts(), None);
     }
 
     #[test]

@@ -147,7 +147,7 @@ ioctls! {
     KVM_SET_TSC_KHZ = io(0xA2), 0xAEA2, V.or(C), Supported;
     KVM_GET_TSC_KHZ = io(0xA3), 0xAEA3, V.or(C), Supported;
     KVM_SIGNAL_MSI = iow::<KvmMsi>(0xA5), 0x4020_AEA5, V, Supported;
-    KVM_SET_PMU_EVENT_FILTER = number(WRITE, 0xB2, 32), 0x4020_AEB2, V, Refused, "no virtual PMU";
+    KVM_SET_PMU_EVENT_FILTER = iow::<KvmPmuEventFilter>(0xB2), 0x4020_AEB2, V, Supported;
 
     KVM_RUN = io(0x80), 0xAE80, C, Supported;
     KVM_GET_REGS = ior::<KvmRegs>(0x81), 0x8090_AE81, C, Supported;
@@ -184,10 +184,10 @@ ioctls! {
     KVM_SET_XSAVE = iow::<KvmXsave>(0xA5), 0x5000_AEA5, C, Supported;
     KVM_GET_XCRS = ior::<KvmXcrs>(0xA6), 0x8188_AEA6, C, Supported;
     KVM_SET_XCRS = iow::<KvmXcrs>(0xA7), 0x4188_AEA7, C, Supported;
-    KVM_GET_ONE_REG = iow::<KvmOneReg>(0xAB), 0x4010_AEAB, C, Refused;
-    KVM_SET_ONE_REG = iow::<KvmOneReg>(0xAC), 0x4010_AEAC, C, Refused;
+    KVM_GET_ONE_REG = iow::<KvmOneReg>(0xAB), 0x4010_AEAB, C, Supported, "MSRs";
+    KVM_SET_ONE_REG = iow::<KvmOneReg>(0xAC), 0x4010_AEAC, C, Supported, "MSRs";
     KVM_KVMCLOCK_CTRL = io(0xAD), 0xAEAD, C, Supported;
-    KVM_GET_REG_LIST = iowr::<u64>(0xB0), 0xC008_AEB0, C, Refused;
+    KVM_GET_REG_LIST = iowr::<u64>(0xB0), 0xC008_AEB0, C, Supported, "of registers that are no MSRs: none";
     KVM_SMI = io(0xB7), 0xAEB7, C, Refused, "no system management mode";
     KVM_MEMORY_ENCRYPT_OP = iowr::<u64>(0xBA), 0xC008_AEBA, V.or(C), Refused;
     KVM_MEMORY_ENCRYPT_REG_REGION = number(READ, 0xBB, 16), 0x8010_AEBB, V, Refused;
@@ -203,8 +203,8 @@ ioctls! {
     KVM_XEN_HVM_SET_ATTR = number(WRITE, 0xC9, 72), 0x4048_AEC9, V, Refused;
     KVM_XEN_VCPU_GET_ATTR = number(READ | WRITE, 0xCA, 72), 0xC048_AECA, C, Refused;
     KVM_XEN_VCPU_SET_ATTR = number(WRITE, 0xCB, 72), 0x4048_AECB, C, Refused;
-    KVM_GET_SREGS2 = ior::<KvmSregs2>(0xCC), 0x8140_AECC, C, Refused;
-    KVM_SET_SREGS2 = iow::<KvmSregs2>(0xCD), 0x4140_AECD, C, Refused;
+    KVM_GET_SREGS2 = ior::<KvmSregs2>(0xCC), 0x8140_AECC, C, Supported;
+    KVM_SET_SREGS2 = iow::<KvmSregs2>(0xCD), 0x4140_AECD, C, Supported;
     KVM_GET_STATS_FD = io(0xCE), 0xAECE, V.or(C), Supported;
     KVM_GET_XSAVE2 = ior::<KvmXsave>(0xCF), 0x9000_AECF, C, Supported;
     KVM_XEN_HVM_EVTCHN_SEND = number(WRITE, 0xD0, 12), 0x400C_AED0, V, Refused;
@@ -214,8 +214,8 @@ ioctls! {
 
     KVM_CREATE_DEVICE = iowr::<KvmCreateDevice>(0xE0), 0xC00C_AEE0, V, Refused;
     KVM_SET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE1), 0x4018_AEE1, C, Supported, "the offset of the TSC; ENOTTY on other descriptors";
-    KVM_GET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE2), 0x4018_AEE2, C, Supported, "the offset of the TSC; ENOTTY on other descriptors";
-    KVM_HAS_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE3), 0x4018_AEE3, C, Supported, "the offset of the TSC; ENOTTY on other descriptors";
+    KVM_GET_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE2), 0x4018_AEE2, S.or(C), Supported, "on the system: XCR0; of a vCPU: the offset of its TSC";
+    KVM_HAS_DEVICE_ATTR = iow::<KvmDeviceAttr>(0xE3), 0x4018_AEE3, S.or(C), Supported, "likewise";
 }
 
 /// KVM ioctls of other architectures, refused like any unknown number.

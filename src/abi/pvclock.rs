@@ -27,6 +27,15 @@ layout! {
         8 nsec: u32,
     }
 
+    /// `struct kvm_clock_pairing`, which KVM_HC_CLOCK_PAIRING writes: real time, and the guest's TSC at that time.
+    struct KvmClockPairing: 64 {
+        0 sec: u64,
+        8 nsec: u64,
+        16 tsc: u64,
+        24 flags: u32,
+        28 pad: [u32; 9],
+    }
+
     /// `struct kvm_steal_time`, at the address in MSR_KVM_STEAL_TIME.
     struct KvmStealTime: 64 {
         /// Nanoseconds that the vCPU could run and did not.

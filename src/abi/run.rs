@@ -173,6 +173,12 @@ pub const KVM_EXIT_X86_BUS_LOCK: u32 = 33;
 pub const KVM_EXIT_NOTIFY: u32 = 37;
 pub const KVM_EXIT_MEMORY_FAULT: u32 = 39;
 
+/// The one hypercall that KVM_CAP_EXIT_HYPERCALL can send to userspace, and its bit there.
+pub const KVM_HC_MAP_GPA_RANGE: u64 = 12;
+pub const KVM_EXIT_HYPERCALL_VALID_MASK: u64 = 1 << KVM_HC_MAP_GPA_RANGE;
+/// Flag of [`ExitHypercall`]: from 64-bit code.
+pub const KVM_EXIT_HYPERCALL_LONG_MODE: u64 = 1 << 0;
+
 pub const KVM_EXIT_IO_IN: u8 = 0;
 pub const KVM_EXIT_IO_OUT: u8 = 1;
 

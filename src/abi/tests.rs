@@ -15,7 +15,9 @@ const LIMITS: Limits = Limits {
     memory_slots: 509,
     xsave: true,
     tsc_scaling: true,
+    pmu: true,
     xsave_bytes: 4096,
+    disable_exits: 4,
 };
 
 #[test]

@@ -302,6 +302,19 @@ pub const KVM_MAX_CPUID_ENTRIES: u32 = 256;
 /// Most entries KVM_GET_MSRS and KVM_SET_MSRS take, as in KVM.
 pub const MAX_IO_MSRS: u32 = 256;
 
+/// The register that an ID of KVM_GET_ONE_REG names: an MSR. `None` for an ID of another architecture, kind or size.
+pub const fn one_reg_msr(id: u64) -> Option<u32> {
+    const X86_MSR_U64: u64 = 0x2030_0002;
+    if id >> 32 == X86_MSR_U64 {
+        Some(id as u32)
+    } else {
+        None
+    }
+}
+
+/// Device attribute of the system: in group 0 the XCR0 bits that a guest may have.
+pub const KVM_X86_XCOMP_GUEST_SUPP: u64 = 0;
+
 /// Device attribute of a vCPU: the group and its one member, what the guest's TSC is ahead of the host's.
 pub const KVM_VCPU_TSC_CTRL: u32 = 0;
 pub const KVM_VCPU_TSC_OFFSET: u64 = 0;

@@ -136,6 +136,15 @@ layout! {
         8 ranges: [KvmMsrFilterRange; 16],
     }
 
+    /// `struct kvm_pmu_event_filter`: KVM_SET_PMU_EVENT_FILTER, followed by `nevents` words of 64 bits.
+    struct KvmPmuEventFilter: 32 {
+        0 action: u32,
+        4 nevents: u32,
+        8 fixed_counter_bitmap: u32,
+        12 flags: u32,
+        16 pad: [u32; 4],
+    }
+
     /// `struct kvm_pre_fault_memory`: KVM_PRE_FAULT_MEMORY.
     struct KvmPreFaultMemory: 64 {
         0 gpa: u64,
@@ -148,6 +157,12 @@ layout! {
 pub const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
 pub const KVM_MEM_READONLY: u32 = 1 << 1;
 pub const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
+
+pub const KVM_PMU_EVENT_ALLOW: u32 = 0;
+pub const KVM_PMU_EVENT_DENY: u32 = 1;
+pub const KVM_PMU_EVENT_FLAG_MASKED_EVENTS: u32 = 1 << 0;
+/// KVM_CAP_PMU_CAPABILITY: no performance counters for this VM.
+pub const KVM_PMU_CAP_DISABLE: u64 = 1 << 0;
 
 /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_GET_DIRTY_LOG does not write-protect, KVM_CLEAR_DIRTY_LOG does.
 pub const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
@@ -186,6 +201,15 @@ pub const SUPPORTED_QUIRKS: u64 = KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
     | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
     | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
     | KVM_X86_QUIRK_STUFF_FEATURE_MSRS;
+/// KVM_CAP_X86_DISABLE_EXITS: what a guest may do without an exit.
+pub const KVM_X86_DISABLE_EXITS_MWAIT: u64 = 1 << 0;
+pub const KVM_X86_DISABLE_EXITS_HLT: u64 = 1 << 1;
+pub const KVM_X86_DISABLE_EXITS_PAUSE: u64 = 1 << 2;
+/// Reading the MSRs that count how long a core slept.
+pub const KVM_X86_DISABLE_EXITS_CSTATE: u64 = 1 << 3;
+/// Reading APERF and MPERF.
+pub const KVM_X86_DISABLE_EXITS_APERFMPERF: u64 = 1 << 4;
+
 /// KVM_CAP_X2APIC_API: APIC IDs in KVM_GET_LAPIC, in routes and in messages have 32 bits.
 pub const KVM_X2APIC_API_USE_32BIT_IDS: u32 = 1 << 0;
 /// A device's message to FFh goes to the CPU of that x2APIC ID, not to all.

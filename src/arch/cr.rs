@@ -112,4 +112,6 @@ pub mod dr {
     pub const DR6_BD: u64 = 1 << 13;
     /// DR6: single step.
     pub const DR6_BS: u64 = 1 << 14;
+    /// DR6: task switch.
+    pub const DR6_BT: u64 = 1 << 15;
 }

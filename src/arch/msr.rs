@@ -21,6 +21,8 @@ pub const P6_PERFCTR0: u32 = 0xC1;
 pub const P6_PERFCTR1: u32 = 0xC2;
 pub const FSB_FREQ: u32 = 0xCD;
 pub const PLATFORM_INFO: u32 = 0xCE;
+pub const MPERF: u32 = 0xE7;
+pub const APERF: u32 = 0xE8;
 pub const MTRR_CAP: u32 = 0xFE;
 pub const ARCH_CAPABILITIES: u32 = 0x10A;
 pub const FLUSH_CMD: u32 = 0x10B;
@@ -51,7 +53,16 @@ pub const PAT: u32 = 0x277;
 /// CTL2 of machine-check bank N is at this plus N.
 pub const MC0_CTL2: u32 = 0x280;
 pub const MTRR_DEF_TYPE: u32 = 0x2FF;
+/// First of the fixed performance counters.
+pub const FIXED_CTR0: u32 = 0x309;
+pub const FIXED_CTR_CTRL: u32 = 0x38D;
+pub const PERF_GLOBAL_STATUS: u32 = 0x38E;
 pub const PERF_GLOBAL_CTRL: u32 = 0x38F;
+pub const PERF_GLOBAL_OVF_CTRL: u32 = 0x390;
+/// How long a core slept, by depth of sleep.
+pub const CORE_C3_RESIDENCY: u32 = 0x3FC;
+pub const CORE_C6_RESIDENCY: u32 = 0x3FD;
+pub const CORE_C7_RESIDENCY: u32 = 0x3FE;
 /// CTL, STATUS, ADDR, MISC of machine-check bank N are at this plus 4 N and up.
 pub const MC0_CTL: u32 = 0x400;
 pub const VMX_BASIC: u32 = 0x480;
@@ -79,6 +90,7 @@ pub const PKG_ENERGY_STATUS: u32 = 0x611;
 pub const DRAM_ENERGY_STATUS: u32 = 0x619;
 pub const PP0_ENERGY_STATUS: u32 = 0x639;
 pub const PP1_ENERGY_STATUS: u32 = 0x641;
+pub const CORE_C1_RESIDENCY: u32 = 0x660;
 pub const TSC_DEADLINE: u32 = 0x6E0;
 /// First x2APIC register; register at MMIO offset N is at this plus N / 16.
 pub const X2APIC_FIRST: u32 = 0x800;

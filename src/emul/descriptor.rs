@@ -3,7 +3,7 @@
 //! "Privilege Levels", and the operation sections of MOV, JMP, CALL, RET, LLDT and LTR.
 //!
 //! Firmware needs it when its descriptor table is in read-only memory: marking a descriptor is a write that no RAM takes. Not
-//! supported: call gates, task switches, and a far return to an outer privilege level.
+//! supported: call gates, far branches to another task, and a far return to an outer privilege level.
 #![forbid(unsafe_code)]
 
 use super::exec::Exec;
@@ -17,42 +17,61 @@ use crate::guest::event::vector as exception;
 use crate::guest::Exception;
 
 /// Bits of a selector.
-const RPL: u16 = 3;
-const TI: u16 = 1 << 2;
+pub(super) const RPL: u16 = 3;
+pub(super) const TI: u16 = 1 << 2;
 
 /// Types of system descriptors: SDM "System-Segment and Gate-Descriptor Types".
-const LDT: u8 = 2;
+pub(super) const LDT: u8 = 2;
 const TSS16_AVAILABLE: u8 = 1;
 const TSS_AVAILABLE: u8 = 9;
-const TSS_BUSY_BIT: u8 = 2;
+pub(super) const TSS_BUSY_BIT: u8 = 2;
 
-const ACCESSED_BIT: u8 = 1;
+pub(super) const ACCESSED_BIT: u8 = 1;
 const KIND_WRITABLE_DATA: u8 = 2;
 const KIND_READABLE_CODE: u8 = 2;
 const KIND_CONFORMING: u8 = 4;
 const KIND_CODE: u8 = 8;
 
-fn fault(vector: u8, selector: u16) -> Step {
+pub(super) fn fault(vector: u8, selector: u16) -> Step {
     Step::Fault(Exception::with_code(vector, u32::from(selector & !RPL)))
 }
 
 /// A descriptor and where its access byte is.
 pub(super) struct Descriptor {
     pub(super) segment: Segment,
-    access_at: Gva,
+    pub(super) access_at: Gva,
 }
 
 impl Descriptor {
-    fn kind(&self) -> u8 {
+    pub(super) fn kind(&self) -> u8 {
         self.segment.attributes.kind()
     }
 
-    fn is_segment(&self) -> bool {
+    pub(super) fn is_segment(&self) -> bool {
         self.segment.attributes.0 & SegmentAttributes::S != 0
     }
 
-    fn is_code(&self) -> bool {
+    pub(super) fn is_code(&self) -> bool {
         self.is_segment() && self.kind() & KIND_CODE != 0
+    }
+
+    /// Of code.
+    pub(super) fn is_conforming(&self) -> bool {
+        self.kind() & KIND_CONFORMING != 0
+    }
+
+    /// Data that can be written.
+    pub(super) fn is_writable(&self) -> bool {
+        self.is_segment() && self.kind() & (KIND_CODE | KIND_WRITABLE_DATA) == KIND_WRITABLE_DATA
+    }
+
+    /// Data, or code that can be read.
+    pub(super) fn is_readable(&self) -> bool {
+        self.is_segment() && self.kind() & (KIND_CODE | KIND_READABLE_CODE) != KIND_CODE
+    }
+
+    pub(super) fn dpl(&self) -> u8 {
+        self.segment.attributes.dpl()
     }
 }
 
@@ -62,12 +81,12 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     /// A linear address of the CPU's own.
-    fn system_address(&self, at: u64) -> Gva {
+    pub(super) fn system_address(&self, at: u64) -> Gva {
         Gva(if self.mode.is_long() { at } else { at & 0xFFFF_FFFF })
     }
 
     /// Reads the descriptor of a selector that is not null. `wide`: it has 16 bytes.
-    fn descriptor(&mut self, selector: u16, wide: bool) -> Flow<Descriptor> {
+    pub(super) fn descriptor(&mut self, selector: u16, wide: bool) -> Flow<Descriptor> {
         let (base, limit) = if selector & TI == 0 {
             let table = self.cpu.table(Table::Gdt);
             (table.base, u32::from(table.limit))
@@ -97,7 +116,7 @@ impl<C: Cpu> Exec<'_, C> {
     }
 
     /// Sets bits of the access byte, in memory and in the cached descriptor.
-    fn mark(&mut self, descriptor: &mut Descriptor, bits: u8) -> Flow<()> {
+    pub(super) fn mark(&mut self, descriptor: &mut Descriptor, bits: u8) -> Flow<()> {
         let old = descriptor.segment.attributes.0 as u8;
         if old & bits != bits {
             let gpa = self.cpu.translate(descriptor.access_at, Access::SystemWrite).map_err(Step::Fault)?;

@@ -189,6 +189,17 @@ impl<C: Cpu> Exec<'_, C> {
         if self.rflags & rflags::AC != 0 {
             self.check_alignment(at, len)?;
         }
+        self.translate_span(at, len, access)
+    }
+
+    /// Translates `len` (at least 1, at most a page) bytes of a system table.
+    pub(super) fn system_span(&mut self, at: u64, len: usize, access: Access) -> Flow<Span> {
+        let at = self.system_address(at);
+        self.translate_span(at, len, access)
+    }
+
+    #[inline]
+    fn translate_span(&mut self, at: Gva, len: usize, access: Access) -> Flow<Span> {
         let in_page = (PAGE_SIZE - at.page_offset()) as usize;
         let gpa = self.cpu.translate(at, access).map_err(Step::Fault)?;
         let mut next = gpa;

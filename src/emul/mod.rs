@@ -46,6 +46,7 @@ mod opcodes;
 mod skip;
 mod string;
 mod system;
+mod task;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -54,6 +55,7 @@ pub use decode::{decode, prefix, DecodeError, Instruction, Map, Mode, MAX_LENGTH
 pub use gate::Delivery;
 pub use opcodes::{Form, Op};
 pub use skip::{intercepted, skip_length, Intercepted};
+pub use task::Switched;
 
 use crate::arch::cr::{cr0, efer, rflags};
 use crate::arch::segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName};
@@ -137,6 +139,7 @@ pub trait Cpu {
 
     /// Current privilege level, 0 to 3; 3 in virtual-8086 mode.
     fn cpl(&self) -> u8;
+    fn set_cpl(&mut self, level: u8);
     fn efer(&self) -> u64;
     fn xcr0(&self) -> u64;
     /// CR0, CR2, CR3, CR4 or CR8.

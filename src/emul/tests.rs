@@ -5,6 +5,7 @@
 mod gates;
 mod mock;
 mod segments;
+mod tasks;
 
 use super::*;
 use crate::arch::cr::{cr0, cr4, rflags};

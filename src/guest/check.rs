@@ -5,7 +5,7 @@
 
 use super::regs::SystemRegs;
 use crate::arch::{
-    cr::{cr0, cr4, efer},
+    cr::{cr0, cr4, efer, rflags},
     segment::SegmentName,
 };
 
@@ -47,6 +47,12 @@ pub fn system_regs_valid(regs: &SystemRegs, allowed: &Allowed) -> bool {
         && regs.efer & !allowed.efer == 0
         && (regs.cr4 & cr4::PCIDE == 0 || regs.efer & efer::LMA != 0)
         && regs.cr8 <= 0xF
+}
+
+/// Whether the CPU checks the alignment of the guest's accesses because the guest wants it to. Another #AC is the host's detection of locked
+/// accesses that cross cache lines.
+pub const fn alignment_checked(cpl: u8, cr0: u64, rflags: u64) -> bool {
+    cpl == 3 && cr0 & cr0::AM != 0 && rflags & rflags::AC != 0
 }
 
 #[cfg(test)]
@@ -95,5 +101,13 @@ mod tests {
         ] {
             assert!(!system_regs_valid(&bad, &ALLOWED), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn alignment_is_checked_for_user_code_that_asks() {
+        assert!(alignment_checked(3, cr0::AM | cr0::PE, rflags::AC));
+        assert!(!alignment_checked(0, cr0::AM, rflags::AC));
+        assert!(!alignment_checked(3, 0, rflags::AC));
+        assert!(!alignment_checked(3, cr0::AM, 0));
     }
 }

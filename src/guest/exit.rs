@@ -38,6 +38,24 @@ pub struct RegisterMove {
     pub gpr: Option<u8>,
 }
 
+/// What makes a guest change to another task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskSource {
+    Call,
+    Iret,
+    Jump,
+    /// A task gate in the IDT.
+    Gate,
+}
+
+/// A change to another task, which the CPU leaves to software.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskSwitch {
+    /// Of the new task's state segment.
+    pub selector: u16,
+    pub source: TaskSource,
+}
+
 /// Why the guest stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -71,6 +89,7 @@ pub enum Exit {
     ControlRegister(RegisterMove),
     DebugRegister(RegisterMove),
     NestedFault(NestedFault),
+    TaskSwitch(TaskSwitch),
     /// The guest lowered CR8, and somebody waits for that; the instruction is over.
     PriorityLowered,
     /// Hardware's log of written pages was full; it has been emptied.
@@ -98,6 +117,18 @@ pub enum Exit {
     Unknown {
         reason: u64,
     },
+}
+
+/// What a guest does without an exit, because userspace gives its CPUs to this guest alone. PAUSE never exits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unintercepted {
+    /// MONITOR and MWAIT.
+    pub mwait: bool,
+    pub hlt: bool,
+    /// Reading the MSRs that count how long a core slept.
+    pub sleep_counters: bool,
+    /// Reading APERF and MPERF.
+    pub frequency_counters: bool,
 }
 
 impl Exit {

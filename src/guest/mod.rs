@@ -9,5 +9,5 @@ pub mod queue;
 pub mod regs;
 
 pub use event::{Event, Exception};
-pub use exit::Exit;
+pub use exit::{Exit, Unintercepted};
 pub use regs::{Gpr, Regs, SystemRegs};

@@ -2,10 +2,11 @@
 //! The CPUID filter: what KVM_GET_SUPPORTED_CPUID tells userspace it may give to a guest.
 //!
 //! Every feature is on a list of what Krab can virtualize; what is not listed is not passed on, whatever the host has.
-//! Not supported, and so not shown: SVM and VMX for guests, performance counters, MONITOR, SMX, SGX, TSX, PT, CET, AMX, the
+//! Not supported, and so not shown: SVM and VMX for guests, performance counters of AMD, MONITOR, SMX, SGX, TSX, PT, CET, AMX, the
 //! supervisor states of XSAVES, LAM, FRED, AVIC, memory encryption. SDM Vol. 2 "CPUID", APM Vol. 3 "CPUID Function ...".
 #![forbid(unsafe_code)]
 
+use super::pmu::PmuCaps;
 use crate::abi::vcpu::{KvmCpuidEntry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 use crate::arch::cpuid::*;
 use crate::arch::cr::xcr0;
@@ -31,6 +32,8 @@ pub struct HostFeatures {
     pub nested_address_bits: u8,
     /// Paravirtual features, bits of [`kvm_eax`].
     pub pv_features: u32,
+    /// The performance counters that guests can have.
+    pub pmu: PmuCaps,
 }
 
 /// The paravirtual features: kvmclock, steal time, and three hypercalls.
@@ -318,6 +321,7 @@ impl<H: Fn(u32, u32) -> [u32; 4]> Filter<'_, H> {
                 }
                 Ok(())
             }
+            0xA => self.push(0xA, 0, self.features.pmu.leaf()),
             0xD => self.xsave(),
             // Topology (0Bh, 1Fh) is for userspace to fill in; the rest describes what a guest does not have.
             _ => self.push(function, 0, [0; 4]),

@@ -36,6 +36,20 @@ pub struct Dynamic {
     pub mwait: Option<bool>,
 }
 
+/// A guest whose HLT does not exit cannot be woken by another of its CPUs: takes the bit that promises it out of a table, if that has Linux'
+/// paravirtual leaves.
+pub fn withhold_unhalt(entries: &mut [KvmCpuidEntry2]) {
+    let [ebx, ecx, edx] = KVM_SIGNATURE;
+    let linux = |entry: &KvmCpuidEntry2| {
+        entry.function == KVM_SIGNATURE_LEAF && [entry.ebx, entry.ecx, entry.edx] == [ebx, ecx, edx]
+    };
+    if entries.iter().any(linux) {
+        for entry in entries.iter_mut().filter(|entry| entry.function == KVM_FEATURES_LEAF) {
+            entry.eax &= !kvm_eax::PV_UNHALT;
+        }
+    }
+}
+
 /// Entries in the order userspace gave them, and an open-addressed index by leaf over them. `E` owns or borrows the
 /// entries.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ use crate::abi::vcpu::{KvmCpuidEntry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 use crate::abi::FromZeros;
 use crate::arch::cpuid::*;
 use crate::arch::cr::{cr4, efer};
+use crate::policy::pmu::PmuCaps;
 use std::{collections::BTreeMap, vec, vec::Vec};
 
 const fn name(text: &[u8; 12]) -> [u32; 3] {
@@ -90,6 +91,7 @@ const FULL: HostFeatures = HostFeatures {
     la57: true,
     nested_address_bits: 48,
     pv_features: PV_FEATURES,
+    pmu: PmuCaps::NONE,
 };
 
 const POOR: HostFeatures = HostFeatures {
@@ -102,6 +104,7 @@ const POOR: HostFeatures = HostFeatures {
     la57: false,
     nested_address_bits: 40,
     pv_features: 0,
+    pmu: PmuCaps::NONE,
 };
 
 fn table(host: impl Fn(u32, u32) -> [u32; 4], features: &HostFeatures) -> CpuidTable<Vec<KvmCpuidEntry2>> {
@@ -430,4 +433,25 @@ fn agrees_with_kvm() {
         }
         assert!(kvm.keys().all(|key| *key == (0x8000_0022, 0)), "only KVM has {kvm:x?}");
     }
+}
+
+#[test]
+fn a_guest_that_sleeps_by_itself_is_not_promised_a_kick() {
+    use crate::policy::cpuid_table::withhold_unhalt;
+    let [ebx, ecx, edx] = KVM_SIGNATURE;
+    let leaf = |function, eax, [ebx, ecx, edx]: [u32; 3]| KvmCpuidEntry2 {
+        function,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..KvmCpuidEntry2::default()
+    };
+    let features = leaf(KVM_FEATURES_LEAF, u32::MAX, [0; 3]);
+    let mut table = [leaf(KVM_SIGNATURE_LEAF, KVM_FEATURES_LEAF, [ebx, ecx, edx]), features];
+    withhold_unhalt(&mut table);
+    assert_eq!(table[1].eax, !kvm_eax::PV_UNHALT);
+    let mut foreign = [leaf(KVM_SIGNATURE_LEAF, KVM_FEATURES_LEAF, [ebx, ecx, !edx]), features];
+    withhold_unhalt(&mut foreign);
+    assert_eq!(foreign[1].eax, u32::MAX, "another hypervisor's");
 }

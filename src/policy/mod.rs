@@ -7,6 +7,7 @@ pub mod caps;
 pub mod cpuid;
 pub mod cpuid_table;
 pub mod msr;
+pub mod pmu;
 pub mod tsc;
 pub mod vmx;
 

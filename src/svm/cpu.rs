@@ -16,6 +16,7 @@ use crate::{
         phys::{Bytes, PhysBox},
         virt::Hardware,
     },
+    guest::Unintercepted,
     policy::tsc::{Format, Ratio},
 };
 
@@ -76,7 +77,7 @@ impl Svm {
             );
             return Err(ENODEV);
         }
-        if cpu::read_msr(msr::VM_CR).unwrap_or(0) & VM_CR_SVMDIS != 0 {
+        if cpu::read_msr_or_zero(msr::VM_CR) & VM_CR_SVMDIS != 0 {
             pr_err!("SVM is disabled by firmware: turn it on in the firmware's setup (often called SVM mode)\n");
             return Err(EPERM);
         }
@@ -107,7 +108,7 @@ impl Svm {
         let mut msr_all = PhysBox::<Bytes<{ 2 * 4096 }>>::new()?;
         msr_all.0.fill(0xFF);
         for msr in PASSED_THROUGH {
-            pass_through(&mut msr_permissions.0, msr);
+            allow(&mut msr_permissions.0, msr, READ | WRITE);
         }
         let tsc_ratio = cpu::cpuid(0x8000_000A, 0)[3] & ext10_edx::TSC_RATIO != 0;
         Ok(Arc::new(
@@ -119,7 +120,8 @@ impl Svm {
     /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
-        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
+        // The CPUs are ours alone while we have guests.
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, false, &self.features, irqs);
     }
 
     /// This CPU's save area for what VMRUN does not save.
@@ -207,8 +209,29 @@ const PASSED_THROUGH: [u32; 10] = [
     msr::KERNEL_GS_BASE,
 ];
 
-/// Clears the read and write bits of `msr`. APM Vol. 2 "MSR Intercepts": two bits an MSR, 2 KiB for each of three ranges.
-fn pass_through(map: &mut [u8], msr: u32) {
+/// The usual permissions, and reading the CPU's counters. `None`: `free` has none of them.
+pub(super) fn counter_permissions(
+    usual: &PhysBox<Bytes<{ 2 * 4096 }>>,
+    free: Unintercepted,
+) -> Result<Option<PhysBox<Bytes<{ 2 * 4096 }>>>> {
+    // The counters of sleep are Intel's.
+    if !free.frequency_counters {
+        return Ok(None);
+    }
+    let mut map = PhysBox::<Bytes<{ 2 * 4096 }>>::new()?;
+    map.0 = usual.0;
+    for counter in [msr::APERF, msr::MPERF] {
+        allow(&mut map.0, counter, READ);
+    }
+    Ok(Some(map))
+}
+
+/// The two bits of an MSR.
+const READ: u8 = 1;
+const WRITE: u8 = 2;
+
+/// Clears the bits `access` of `msr`. APM Vol. 2 "MSR Intercepts": two bits an MSR, 2 KiB for each of three ranges.
+fn allow(map: &mut [u8], msr: u32, access: u8) {
     let (range, index) = match msr {
         0..=0x1FFF => (0, msr),
         0xC000_0000..=0xC000_1FFF => (0x800, msr & 0x1FFF),
@@ -216,6 +239,6 @@ fn pass_through(map: &mut [u8], msr: u32) {
         _ => return,
     };
     if let Some(byte) = map.get_mut(range + index as usize / 4) {
-        *byte &= !(3 << (index % 4 * 2));
+        *byte &= !(access << (index % 4 * 2));
     }
 }

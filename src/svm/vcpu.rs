@@ -5,7 +5,7 @@
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
-    cpu::{Asid, Svm},
+    cpu::{counter_permissions, Asid, Svm},
     exit, insn,
 };
 use crate::{
@@ -18,11 +18,11 @@ use crate::{
     glue::{
         cpu::{IrqsOff, VcpuId},
         fpu::Window,
-        phys::PhysBox,
+        phys::{Bytes, PhysBox},
     },
     guest::{
         event::{vector, Event, Exception},
-        Exit, Gpr, Regs, SystemRegs,
+        Exit, Gpr, Regs, SystemRegs, Unintercepted,
     },
     mmu::Npt,
     policy::{
@@ -81,11 +81,13 @@ pub(crate) struct SvmVcpu {
     asid: Asid,
     flush_wanted: bool,
     tsc_ratio: Ratio,
-    /// CR0 as the guest set it: hardware's copy has caching on.
+    /// CR0 as the guest set it: hardware's copy has caching on, and the newest TS.
     guest_cr0: u64,
     /// EFER as the guest set it: hardware's copy has SVME, and LME only together with paging.
     guest_efer: u64,
     spec_ctrl: u64,
+    /// MSR permissions of its own, where the guest reads the CPU's counters.
+    counters: Option<PhysBox<Bytes<{ 2 * 4096 }>>>,
 }
 
 impl Vendor for Svm {
@@ -94,7 +96,7 @@ impl Vendor for Svm {
     /// VMMCALL.
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
 
-    fn new_vcpu(self: &Arc<Self>) -> Result<SvmVcpu> {
+    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<SvmVcpu> {
         let mut vcpu = SvmVcpu {
             host: self.clone(),
             id: VcpuId::new(),
@@ -105,18 +107,19 @@ impl Vendor for Svm {
             guest_cr0: 0,
             guest_efer: 0,
             spec_ctrl: 0,
+            counters: counter_permissions(&self.msr_permissions, free)?,
         };
         let control = &mut vcpu.vmcb.control;
         control.intercept_cr = CR_WRITES;
         control.intercept_dr = u32::MAX;
         control.intercept_exceptions = EXCEPTIONS;
-        control.intercept_misc1 = MISC1;
-        control.intercept_misc2 = MISC2;
+        control.intercept_misc1 = MISC1 & if free.hlt { !misc1::HLT } else { !0 };
+        control.intercept_misc2 = MISC2 & if free.mwait { !(misc2::MONITOR | misc2::MWAIT) } else { !0 };
         control.intercept_misc3 = MISC3;
         control.iopm_base = self.io_permissions.address().0;
-        control.msrpm_base = self.msr_permissions.address().0;
         control.int_ctl = int_ctl::V_INTR_MASKING;
         control.nested_ctl = 1;
+        vcpu.want_all_msrs(false);
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -158,10 +161,9 @@ impl SvmVcpu {
         [&mut save.es, &mut save.cs, &mut save.ss, &mut save.ds, &mut save.fs, &mut save.gs]
     }
 
-    /// Gives hardware what CR0 and EFER come to. Both are intercepted, so the guest sees only its own.
+    /// Gives hardware what EFER comes to. Writes are intercepted, so the guest sees only its own.
     fn update_mode(&mut self) {
         let save = &mut self.vmcb.save;
-        save.cr0 = self.guest_cr0 & !(cr0::CD | cr0::NW);
         // LME means nothing without paging. An emulated CPU that exits from a guest with LME but without PAE takes the host's CR0.PG
         // for the guest's step into long mode, refuses it, and leaves the host without paging.
         let unused = if self.guest_cr0 & cr0::PG == 0 { efer::LME } else { 0 };
@@ -229,10 +231,10 @@ impl VendorVcpu for SvmVcpu {
         SystemRegs {
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(from_raw),
             ldtr: from_raw(&save.ldtr),
-            tr: from_raw(&save.tr),
+            tr: self.tr(),
             gdtr: table(&save.gdtr),
             idtr: table(&save.idtr),
-            cr0: self.guest_cr0,
+            cr0: self.cr0(),
             cr2: save.cr2,
             cr3: save.cr3,
             cr4: save.cr4,
@@ -282,7 +284,13 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn tr(&self) -> Segment {
-        from_raw(&self.vmcb.save.tr)
+        /// Type bit 1: after a task switch an emulated CPU leaves it out.
+        const BUSY: u16 = 2;
+        let mut tr = from_raw(&self.vmcb.save.tr);
+        if tr.attributes.present() {
+            tr.attributes.0 |= BUSY;
+        }
+        tr
     }
 
     fn gdtr(&self) -> DescriptorTable {
@@ -303,11 +311,13 @@ impl VendorVcpu for SvmVcpu {
 
     #[inline]
     fn cr0(&self) -> u64 {
-        self.guest_cr0
+        // A task switch sets TS without an exit.
+        self.guest_cr0 & !cr0::TS | self.vmcb.save.cr0 & cr0::TS
     }
 
     fn set_cr0(&mut self, value: u64) {
         self.guest_cr0 = value;
+        self.vmcb.save.cr0 = value & !(cr0::CD | cr0::NW);
         self.update_mode();
         // The guest must not see through a read that its caches are on.
         let Vmcb { control, save } = &mut *self.vmcb;
@@ -521,7 +531,8 @@ impl VendorVcpu for SvmVcpu {
     fn set_user_steps(&mut self, _: bool) {}
 
     fn want_all_msrs(&mut self, wanted: bool) {
-        let map = if wanted { &self.host.msr_all } else { &self.host.msr_permissions };
+        let usual = self.counters.as_ref().unwrap_or(&self.host.msr_permissions);
+        let map = if wanted { &self.host.msr_all } else { usual };
         self.vmcb.control.msrpm_base = map.address().0;
     }
 
@@ -543,6 +554,10 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn set_pdptes(&mut self, _entries: [u64; 4]) {}
+
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        None
+    }
 
     #[inline]
     fn next_rip(&self) -> Option<u64> {

@@ -9,7 +9,7 @@
 use kernel::prelude::*;
 
 use super::{
-    cpu::Vmx,
+    cpu::{MsrBitmaps, Vmx},
     insn::{self, CurrentVmcs, VirtualApic},
 };
 use crate::{
@@ -137,9 +137,9 @@ impl Apic {
     }
 
     /// Writes what goes with the controls.
-    pub(super) fn write(&self, host: &Vmx, vmcs: CurrentVmcs<'_>) {
+    pub(super) fn write(&self, host: &Vmx, bitmaps: &MsrBitmaps, vmcs: CurrentVmcs<'_>) {
         let x2apic = self.controls.secondary & secondary::VIRTUALIZE_X2APIC_MODE != 0;
-        let bitmap = if x2apic { &host.x2apic_msr_bitmap } else { &host.msr_bitmap };
+        let bitmap = if x2apic { &bitmaps.x2apic } else { &bitmaps.usual };
         vmcs.write(Control64::MsrBitmaps, insn::address(bitmap));
         vmcs.write(Control32::TprThreshold, self.threshold.into());
         if let (true, Some(Hpa(window))) = (self.has_window(), self.window) {

@@ -4,12 +4,12 @@
 
 use core::{
     cell::Cell,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use kernel::{prelude::*, sync::Arc};
 
-use super::insn::Operation;
+use super::insn::{self, Operation};
 use crate::{
     arch::{
         cpuid::leaf7_ecx,
@@ -24,6 +24,7 @@ use crate::{
         virt::Hardware,
         vmx::{host_state, notification_vector, CacheFlush, HostState},
     },
+    guest::Unintercepted,
     policy::vmx::{
         apicv::x2apic_access,
         msr_bitmap,
@@ -52,13 +53,14 @@ pub(crate) struct Vmx {
     pub(super) physical_bits: u32,
     /// The host's performance counters stand still while a guest runs.
     pub(super) perf_global_ctrl: bool,
-    pub(super) msr_bitmap: PhysBox<Bytes<4096>>,
-    /// For guests whose APIC is in x2APIC mode, and that the CPU delivers interrupts to.
-    pub(super) x2apic_msr_bitmap: PhysBox<Bytes<4096>>,
+    pub(super) msr_bitmaps: MsrBitmaps,
     /// What tells a CPU of posted interrupts; exits acknowledge the host's interrupts then.
     pub(super) notification_vector: Option<u8>,
     cache_flush: CacheFlush,
     vpids: Vpids,
+    /// Another hypervisor was seen. It knows nothing of our guests, nor we of its: each may believe that the last one to run on a CPU was its
+    /// own.
+    shared: AtomicBool,
 }
 
 impl Vmx {
@@ -81,7 +83,11 @@ impl Vmx {
             return Err(EPERM);
         }
         let [signature, ..] = cpu::cpuid(1, 0);
-        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr(number).unwrap_or(0));
+        let capabilities = CapabilityMsrs::read(signature, |number| cpu::read_msr_or_zero(number));
+        if options.posted && features.fred {
+            pr_info!("this host takes its interrupts by FRED: posted interrupts stay off\n");
+        }
+        let options = Options { fred: features.fred, ..options };
         let mut config = negotiate(&capabilities, options).map_err(|refusal| {
             pr_err!("this CPU's VMX does not do for Krab: {}\n", core::format_args!("{refusal}"));
             error::unsupported()
@@ -103,17 +109,7 @@ impl Vmx {
                 last_vcpu: LastVcpu::default(),
             })
         })?;
-        let mut msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
-        msr_bitmap.0.fill(0xFF);
-        for msr in PASSED_THROUGH {
-            msr_bitmap::set(&mut msr_bitmap.0, msr, false, false);
-        }
-        let mut x2apic_msr_bitmap = PhysBox::<Bytes<4096>>::new()?;
-        x2apic_msr_bitmap.0 = msr_bitmap.0;
-        for msr in msr::X2APIC_FIRST..=msr::X2APIC_LAST {
-            let access = x2apic_access(msr);
-            msr_bitmap::set(&mut x2apic_msr_bitmap.0, msr, !access.read, !access.write);
-        }
+        let msr_bitmaps = MsrBitmaps::new()?;
         let vpids = Vpids::new()?;
         let physical_bits = cpu::cpuid(0x8000_0008, 0)[0] & 0xFF;
         let linear_bits = if cpu::cpuid(7, 0)[2] & leaf7_ecx::LA57 != 0 { 57 } else { 48 };
@@ -125,11 +121,11 @@ impl Vmx {
                 linear_bits,
                 physical_bits,
                 perf_global_ctrl,
-                msr_bitmap,
-                x2apic_msr_bitmap,
+                msr_bitmaps,
                 notification_vector,
                 cache_flush,
                 vpids,
+                shared: false.into(),
             },
             GFP_KERNEL,
         )?)
@@ -138,7 +134,25 @@ impl Vmx {
     /// `vcpu` is about to run on this CPU: keeps what the host's mitigations promise about branch prediction.
     #[inline]
     pub(super) fn separate(&self, vcpu: &VcpuId, irqs: &IrqsOff) {
-        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, &self.features, irqs);
+        let shared = self.is_shared(irqs);
+        self.per_cpu.get(irqs).last_vcpu.separate(vcpu, shared, &self.features, irqs);
+    }
+
+    /// The vCPU has left this CPU for now. Preemption is off.
+    #[inline]
+    pub(super) fn leave(&self) {
+        if self.shared.load(Ordering::Relaxed) && self.features.ibpb {
+            cpu::barrier();
+        }
+    }
+
+    /// Whether another hypervisor runs guests on this host, or has done so. Krab is in no VMX operation here.
+    #[inline]
+    fn is_shared(&self, irqs: &IrqsOff) -> bool {
+        if insn::is_on(irqs) {
+            self.shared.store(true, Ordering::Relaxed);
+        }
+        self.shared.load(Ordering::Relaxed)
     }
 
     /// Host code ran on this CPU: nothing of what it used may be in the cache for a guest to read by L1TF.
@@ -151,9 +165,24 @@ impl Vmx {
     #[inline]
     pub(super) fn read_perf_global_ctrl(&self) -> u64 {
         match self.perf_global_ctrl {
-            true => cpu::read_msr(msr::PERF_GLOBAL_CTRL).unwrap_or(0),
+            true => cpu::read_msr_or_zero(msr::PERF_GLOBAL_CTRL),
             false => 0,
         }
+    }
+
+    /// What a guest needs that reads the CPU's counters. `None`: `free` has none of them.
+    pub(super) fn counter_bitmaps(&self, free: Unintercepted) -> Result<Option<MsrBitmaps>> {
+        if !free.sleep_counters && !free.frequency_counters {
+            return Ok(None);
+        }
+        let mut bitmaps = MsrBitmaps::new()?;
+        if free.sleep_counters {
+            bitmaps.allow_reading(&SLEEP_COUNTERS);
+        }
+        if free.frequency_counters {
+            bitmaps.allow_reading(&[msr::APERF, msr::MPERF]);
+        }
+        Ok(Some(bitmaps))
     }
 
     /// What this CPU needs for VMX operation.
@@ -199,7 +228,7 @@ impl Hardware for Vmx {
 }
 
 fn firmware_allows() -> bool {
-    enabled_by_firmware(cpu::read_msr(msr::FEATURE_CONTROL).unwrap_or(0))
+    enabled_by_firmware(cpu::read_msr_or_zero(msr::FEATURE_CONTROL))
 }
 
 /// One bit for each of the 65536 identifiers. 0 is the host's.
@@ -236,6 +265,41 @@ impl Vpids {
         }
     }
 }
+
+/// MSR bitmaps for the two ways in which a guest may find its local APIC.
+pub(super) struct MsrBitmaps {
+    pub(super) usual: PhysBox<Bytes<4096>>,
+    /// For guests whose APIC is in x2APIC mode, and that the CPU delivers interrupts to.
+    pub(super) x2apic: PhysBox<Bytes<4096>>,
+}
+
+impl MsrBitmaps {
+    fn new() -> Result<Self> {
+        let mut usual = PhysBox::<Bytes<4096>>::new()?;
+        usual.0.fill(0xFF);
+        for msr in PASSED_THROUGH {
+            msr_bitmap::set(&mut usual.0, msr, false, false);
+        }
+        let mut x2apic = PhysBox::<Bytes<4096>>::new()?;
+        x2apic.0 = usual.0;
+        for msr in msr::X2APIC_FIRST..=msr::X2APIC_LAST {
+            let access = x2apic_access(msr);
+            msr_bitmap::set(&mut x2apic.0, msr, !access.read, !access.write);
+        }
+        Ok(Self { usual, x2apic })
+    }
+
+    fn allow_reading(&mut self, msrs: &[u32]) {
+        for msr in msrs {
+            msr_bitmap::set(&mut self.usual.0, *msr, false, true);
+            msr_bitmap::set(&mut self.x2apic.0, *msr, false, true);
+        }
+    }
+}
+
+/// How long the core slept. A CPU without one of them raises the guest's #GP itself.
+const SLEEP_COUNTERS: [u32; 4] =
+    [msr::CORE_C1_RESIDENCY, msr::CORE_C3_RESIDENCY, msr::CORE_C6_RESIDENCY, msr::CORE_C7_RESIDENCY];
 
 /// MSRs that the VMCS or [`TaskState`](crate::glue::vmx::TaskState) switches and that guests use often: no exit.
 const PASSED_THROUGH: [u32; 3] = [msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE];

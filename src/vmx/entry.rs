@@ -90,8 +90,8 @@ impl VmxVcpu {
             vmcs.write(Control64::EnclsExitBitmap, u64::MAX);
         }
         if self.machine.host.perf_global_ctrl {
-            // The host's counters do not count guests: a record of theirs would go to an address of the guest's.
-            vmcs.write(Guest64::PerfGlobalCtrl, 0);
+            // The host's own counters do not count guests: a record of theirs would go to an address of the guest's.
+            vmcs.write(Guest64::PerfGlobalCtrl, self.perf_global_ctrl);
             vmcs.write(Host64::PerfGlobalCtrl, self.host_fields.perf_global_ctrl);
         }
         vmcs.write(Control64::VirtualApicAddress, insn::address(&self.apic.page));
@@ -100,6 +100,16 @@ impl VmxVcpu {
         vmcs.write(GuestNatural::Rip, self.rip);
         vmcs.write(GuestNatural::Rsp, self.rsp);
         vmcs.write(GuestNatural::Rflags, self.rflags);
+    }
+
+    /// Other counters of the host's count in the guest.
+    #[cold]
+    pub(super) fn write_counters(&mut self, enabled: u64, irqs: &IrqsOff) {
+        // Without a VMCS there is no entry.
+        if let Some(vmcs) = self.machine.vmcs.current(irqs) {
+            self.perf_global_ctrl = enabled;
+            vmcs.write(Guest64::PerfGlobalCtrl, enabled);
+        }
     }
 
     fn secondary(&self) -> u32 {
@@ -122,7 +132,8 @@ impl VmxVcpu {
             vmcs.write(Control32::Pin, self.pin_controls());
             vmcs.write(Control32::Secondary, self.secondary());
             self.write_pml(vmcs);
-            self.apic.write(&self.machine.host, vmcs);
+            let host = &self.machine.host;
+            self.apic.write(host, self.counters.as_ref().unwrap_or(&host.msr_bitmaps), vmcs);
         }
         if dirty & own::CONTROL != 0 {
             vmcs.write(Control64::EptPointer, self.ept_pointer());
@@ -311,7 +322,7 @@ impl VmxVcpu {
             self.state.set_interruptibility(&self.machine, 0, interruptibility::NMI);
         }
         let exit = self.neutral(decoded.exit, irqs);
-        if exit == Exit::HostInterrupt && self.machine.host.notification_vector.is_some() {
+        if matches!(exit, Exit::HostInterrupt) && self.machine.host.notification_vector.is_some() {
             let info = InterruptionInfo(self.machine.vmcs.peek(ReadOnly32::InterruptionInfo));
             self.acknowledged = (info.valid() && info.kind() == Kind::ExternalInterrupt).then(|| info.vector());
         }

@@ -85,6 +85,12 @@ fn read_cr4() -> u64 {
     value
 }
 
+/// Whether somebody has VMX on, on this CPU.
+#[inline]
+pub(super) fn is_on(_irqs: &IrqsOff) -> bool {
+    read_cr4() & cr4::VMXE != 0
+}
+
 /// Turns CR4.VMXE on or off and leaves the rest as it is.
 #[inline]
 fn write_vmxe(value: u64, _irqs: &IrqsOff) {

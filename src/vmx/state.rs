@@ -49,6 +49,8 @@ const SEGMENTS: [SegmentFields; 8] = {
     [es, cs, ss, ds, fs, gs, SegmentFields::LDTR, SegmentFields::TR]
 };
 
+const PDPTES: [Guest64; 4] = [Guest64::Pdpte0, Guest64::Pdpte1, Guest64::Pdpte2, Guest64::Pdpte3];
+
 /// What the guest changes without an exit, because nothing depends on it outside the guest. CR4's only as far as its CPUID has them.
 const CR0_OWNED: u64 = cr0::TS;
 const CR4_OWNED: u64 =
@@ -79,6 +81,10 @@ pub(super) mod group {
     /// Pending debug exceptions and what else a reset sets.
     pub(in super::super) const RESET: u32 = 1 << 21;
     pub(in super::super) const PDPTES: u32 = 1 << 22;
+    /// The guest does not sleep in HLT any more.
+    pub(in super::super) const AWAKE: u32 = 1 << 23;
+    /// With what is changed from outside, the guest is awake: the CPU insists on it where an event is blocked.
+    pub(in super::super) const WAKES: u32 = SEGMENTS | INTERRUPTIBILITY | AWAKE;
     /// What decides on the paging mode.
     pub(in super::super) const PAGING: u32 = CR0 | CR3 | CR4 | EFER;
 }
@@ -132,6 +138,8 @@ pub(super) struct GuestState {
     /// Always known, but for what the guest owns: that is meaningful where `valid` says so.
     cr0: Cell<u64>,
     cr4: Cell<u64>,
+    /// HLT does not exit: the CPU keeps the guest's sleep in the VMCS, across exits for the host.
+    sleeps: bool,
     /// Bits of CR4 that the guest changes itself.
     cr4_owned: u64,
     /// Copies: meaningful where `valid` says so.
@@ -147,8 +155,9 @@ pub(super) struct GuestState {
 
 impl GuestState {
     /// All zero, and all of it to be written.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(sleeps: bool) -> Self {
         Self {
+            sleeps,
             cr2: 0,
             efer: 0,
             dr6: 0,
@@ -177,6 +186,14 @@ impl GuestState {
     #[inline]
     pub(super) fn ran(&mut self) {
         self.valid.set(0);
+    }
+
+    /// An event goes into the guest: if it sleeps in HLT, that is over.
+    #[inline]
+    pub(super) fn wake(&mut self) {
+        if self.sleeps {
+            self.changed(group::AWAKE);
+        }
     }
 
     /// Whether the next entry has something to write.
@@ -405,6 +422,19 @@ impl GuestState {
         self.changed(group::PDPTES);
     }
 
+    /// The entries that the guest goes by, in process context: it brings new ones whenever it writes CR3.
+    #[cold]
+    pub(super) fn pdptes(&self, machine: &Machine) -> [u64; 4] {
+        if self.dirty & group::PDPTES != 0 || machine.lost.get() {
+            return self.pdptes;
+        }
+        let irqs = IrqsOff::new();
+        machine.load(&irqs);
+        let entries = PDPTES.map(|field| machine.vmcs.peek(field));
+        machine.unload(&irqs);
+        entries
+    }
+
     /// Everything but CR8.
     pub(super) fn system_regs(&self, machine: &Machine) -> SystemRegs {
         let [es, cs, ss, ds, fs, gs, ldtr, tr] = core::array::from_fn(|number| self.segment(machine, number));
@@ -529,13 +559,14 @@ impl GuestState {
             vmcs.write(Guest64::Pat, self.pat);
         }
         if dirty & group::PDPTES != 0 {
-            let fields = [Guest64::Pdpte0, Guest64::Pdpte1, Guest64::Pdpte2, Guest64::Pdpte3];
-            for (field, entry) in fields.into_iter().zip(self.pdptes) {
+            for (field, entry) in PDPTES.into_iter().zip(self.pdptes) {
                 vmcs.write(field, entry);
             }
         }
         if dirty & group::RESET != 0 {
             vmcs.write(GuestNatural::PendingDebugExceptions, 0);
+        }
+        if dirty & group::RESET != 0 || self.sleeps && dirty & group::WAKES != 0 {
             vmcs.write(Guest32::ActivityState, activity::ACTIVE);
         }
     }

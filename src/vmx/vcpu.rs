@@ -6,7 +6,7 @@ use kernel::{prelude::*, sync::Arc};
 
 use super::{
     apic::Apic,
-    cpu::Vmx,
+    cpu::{MsrBitmaps, Vmx},
     entry::{flush, own},
     insn::WriteLog,
     pml,
@@ -31,7 +31,7 @@ use crate::{
     },
     guest::{
         event::{vector, Event},
-        Exit, Regs, SystemRegs,
+        Exit, Regs, SystemRegs, Unintercepted,
     },
     irqchip::{lapic::Lapic, Bits256},
     mmu::Ept,
@@ -60,6 +60,8 @@ pub(crate) struct VmxVcpu {
     pub(super) logs_writes: bool,
     pub(super) run_timer: RunTimer,
     pub(super) apic: Apic,
+    /// MSR bitmaps of its own, where the guest reads the CPU's counters.
+    pub(super) counters: Option<MsrBitmaps>,
     pub(super) vpid: Option<u16>,
     pub(super) tsc: GuestTsc,
     pub(super) nested_root: Hpa,
@@ -87,6 +89,8 @@ pub(crate) struct VmxVcpu {
     pub(super) wanted: u32,
 
     pub(super) flush: u8,
+    /// IA32_PERF_GLOBAL_CTRL in the guest, as the VMCS has it or is to have it at first.
+    pub(super) perf_global_ctrl: u64,
     /// The host's interrupt that the last exit acknowledged, and that the host does not know of yet.
     pub(super) acknowledged: Option<u8>,
     /// Where the vCPU ran last; a number that no CPU has before.
@@ -106,15 +110,28 @@ impl Vendor for Vmx {
 
     const HYPERCALL: [u8; 3] = [0x0F, 0x01, 0xC1];
 
-    fn new_vcpu(self: &Arc<Self>) -> Result<VmxVcpu> {
+    fn new_vcpu(self: &Arc<Self>, free: Unintercepted) -> Result<VmxVcpu> {
+        let mut primary = self.config.controls.primary;
+        if self.config.features.tpr_shadow {
+            primary |= primary::TPR_SHADOW;
+        }
+        if free.hlt {
+            primary &= !primary::HLT_EXITING;
+        }
+        if free.mwait {
+            primary &= !(primary::MONITOR_EXITING | primary::MWAIT_EXITING);
+        }
+        // It stands still in the deeper sleep that MWAIT may choose.
+        let timer = self.config.features.preemption_timer.filter(|_| !free.mwait);
         let mut vcpu = VmxVcpu {
             machine: Machine::new(self.clone())?,
-            state: GuestState::new(),
+            state: GuestState::new(free.hlt),
             id: VcpuId::new(),
             write_log: self.config.features.pml.then(PhysBox::new).transpose()?,
             logs_writes: false,
-            run_timer: RunTimer::new(self.config.features.preemption_timer),
+            run_timer: RunTimer::new(timer),
             apic: Apic::new()?,
+            counters: self.counter_bitmaps(free)?,
             vpid: self.take_vpid(),
             tsc: GuestTsc { ratio: Ratio::ONE, offset: 0 },
             nested_root: Hpa(0),
@@ -122,8 +139,7 @@ impl Vendor for Vmx {
             rsp: 0,
             rflags: 0,
             rsp_left: false,
-            primary: self.config.controls.primary
-                | if self.config.features.tpr_shadow { primary::TPR_SHADOW } else { 0 },
+            primary,
             written_primary: 0,
             exceptions: EXCEPTIONS,
             written_exceptions: EXCEPTIONS,
@@ -134,6 +150,7 @@ impl Vendor for Vmx {
             next_rip: None,
             wanted: 0,
             flush: flush::NESTED,
+            perf_global_ctrl: 0,
             acknowledged: None,
             last_cpu: usize::MAX,
             host_fields: HostFields::UNWRITTEN,
@@ -184,6 +201,10 @@ impl Vendor for Vmx {
 
     fn takes_posted(&self) -> bool {
         self.notification_vector.is_some()
+    }
+
+    fn counts_guests(&self) -> bool {
+        self.perf_global_ctrl
     }
 
     fn has_apic_page(&self) -> bool {
@@ -439,6 +460,7 @@ impl VendorVcpu for VmxVcpu {
             }
             _ => {}
         }
+        self.state.wake();
         self.injection = injection(event, self.state.cr0_mode() & cr0::PE != 0);
         let state = self.state.interruptibility(&self.machine);
         self.state.set_interruptibility(&self.machine, u32::MAX, interruptibility_for(state, self.injection));
@@ -571,6 +593,13 @@ impl VendorVcpu for VmxVcpu {
     }
 
     #[inline]
+    fn enable_counters(&mut self, enabled: u64, irqs: &IrqsOff) {
+        if enabled != self.perf_global_ctrl {
+            self.write_counters(enabled, irqs);
+        }
+    }
+
+    #[inline]
     fn needs_software(&self, regs: &Regs) -> bool {
         !self.machine.host.config.features.unrestricted_guest
             && (!restricted::mode_fits(self.state.cr0_mode())
@@ -588,6 +617,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn set_pdptes(&mut self, entries: [u64; 4]) {
         self.state.set_pdptes(entries, self.machine.host.physical_bits);
+    }
+
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        Some(self.state.pdptes(&self.machine))
     }
 
     #[inline]
@@ -610,6 +643,11 @@ impl VendorVcpu for VmxVcpu {
         self.load_vmcs(irqs);
     }
 
+    #[inline]
+    fn leave_registers(&mut self) {
+        self.wanted = 0;
+    }
+
     fn unload(&mut self, regs: &mut Regs, irqs: &IrqsOff) {
         if core::mem::take(&mut self.rsp_left) {
             self.read_rsp(regs);
@@ -623,6 +661,7 @@ impl VendorVcpu for VmxVcpu {
         if let Some(task) = self.task.take() {
             self.loaded_syscall.replace(&self.host_syscall);
             self.state.kernel_gs_base = task.restore();
+            self.machine.host.leave();
         }
     }
 

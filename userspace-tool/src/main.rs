@@ -12,6 +12,7 @@ mod devices;
 mod exit;
 mod main_loop;
 mod memory;
+mod stats;
 mod terminal;
 mod vcpu;
 mod vm;
@@ -67,6 +68,9 @@ struct Run {
     /// Size of the guest's RAM: bytes, or with a unit, as 512M, 2G, 1536MiB.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory::parse_size)]
     memory: u64,
+    /// Show the hypervisor's statistics of all CPUs together, on standard error at the end.
+    #[arg(long)]
+    stats: bool,
     #[command(flatten)]
     device: Device,
 }
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
             cmdline: run.cmdline,
             cpus: run.cpus,
             memory: run.memory,
+            stats: run.stats,
         })
         .map(|outcome| outcome.report()),
         Command::Info { device } => device::info(&device.device).map(|()| ExitCode::SUCCESS),
@@ -111,8 +116,9 @@ mod tests {
 
     #[test]
     fn all_options() {
-        let line = "krab run --kernel k --initrd i --cmdline -x --cpus 64 --memory 2G --device /dev/kvm";
+        let line = "krab run --kernel k --initrd i --cmdline -x --cpus 64 --memory 2G --stats --device /dev/kvm";
         let run = parse(line).unwrap();
+        assert!(run.stats && !parse("krab run --kernel k").unwrap().stats);
         assert_eq!((run.cpus, run.memory, run.cmdline.as_str()), (64, 2 << 30, "-x"));
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Puts a virtual machine together and runs it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::devices::{Devices, COM1_IRQ};
 use crate::exit::{Outcome, Stop};
 use crate::main_loop::{MainLoop, Signals};
 use crate::memory::{map_ram, ram_layout, show_size};
+use crate::stats::Stats;
 use crate::terminal::{Output, RawMode};
 use crate::{acpi, cpuid, device, vcpu};
 
@@ -34,6 +36,8 @@ pub struct Config {
     pub cpus: u32,
     /// Bytes.
     pub memory: u64,
+    /// Show statistics at the end.
+    pub stats: bool,
 }
 
 /// Runs a virtual machine to its end.
@@ -71,6 +75,8 @@ pub fn run(config: &Config) -> Result<Outcome> {
         first.set_regs(&tables::registers(entry)).context("KVM_SET_REGS failed")?;
     }
 
+    let stats: Vec<Stats> = if config.stats { vcpus.iter().map(Stats::of).collect::<Result<_>>()? } else { Vec::new() };
+
     // From here on the terminal is raw; `main_loop` puts it back when it goes, before anybody reports the end.
     let signals = Signals::block()?;
     let terminal = RawMode::enter()?;
@@ -89,7 +95,18 @@ pub fn run(config: &Config) -> Result<Outcome> {
     }
     vcpu::join(threads)?;
     drop(main_loop);
+    show(&stats)?;
     stop.outcome().cloned().context("the virtual machine ended without a reason")
+}
+
+/// Shows the sums, a line each.
+fn show(stats: &[Stats]) -> Result<()> {
+    let mut sums = BTreeMap::new();
+    stats.iter().try_for_each(|one| one.add_to(&mut sums))?;
+    for (name, sum) in sums {
+        eprintln!("krab: statistics: {name} {sum}");
+    }
+    Ok(())
 }
 
 /// Starts all vCPUs; if one cannot be started, stops those that were.

@@ -97,6 +97,7 @@ impl Cpu for Vcpu {
     fn cpl(&self) -> u8 {
         0
     }
+    fn set_cpl(&mut self, _: u8) {}
     fn efer(&self) -> u64 {
         if self.layout.mode.is_long() {
             efer::LMA | efer::LME

@@ -212,12 +212,12 @@ payload! { apicv_refused, 64,
 }
 
 fn x2apic_refuses() {
-    if kvm_on_amd() {
-        skip!("KVM's software takes more than a CPU does");
-    }
     let g = Guest::long_irqchip(apicv_refused());
     for what in ["EOI", "TPR", "SELF IPI", "PPR", "read of EOI", "read of SELF IPI"] {
-        assert_eq!(g.exception(2), (13, 0), "{what}");
+        // KVM's software looks at neither what is written to EOI nor the reserved bits of TPR.
+        if !kvm_on_amd() || !matches!(what, "EOI" | "TPR") {
+            assert_eq!(g.exception(2), (13, 0), "{what}");
+        }
     }
     let errors = g.report();
     assert!(on_kvm_or(errors == 0x20), "ESR {errors:#x}");

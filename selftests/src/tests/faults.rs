@@ -4,13 +4,16 @@
 use std::time::{Duration, Instant};
 
 use krabtest::guest::*;
+use krabtest::harness::on_kvm;
+use krabtest::kvm::*;
 use krabtest::sys::{self, *};
 use krabtest::vm::Ram;
-use krabtest::{assert_ok, payload, skip, tests};
+use krabtest::{assert_err, assert_ok, payload, skip, tests};
 
 tests! { "faults";
     page_by_userfaultfd;
     signal_while_waiting_for_a_page;
+    memory_that_is_not_there;
 }
 
 const BASE: u64 = 0x1000_0000;
@@ -130,4 +133,33 @@ fn signal_while_waiting_for_a_page() {
     assert_eq!(g.report(), 0x22);
     g.expect_done();
     assert_ok!(sys::close(missing.fd));
+}
+
+/// A slot over nothing: KVM_RUN says EFAULT, and `kvm_run` where. (KVM says where for private memory only.) What was there before does
+/// not stay.
+fn memory_that_is_not_there() {
+    let g = Guest::long(fa_read());
+    assert_eq!(g.vm.cap(KVM_CAP_MEMORY_FAULT_INFO), 1);
+    let ram = g.vm.add_ram(1, BASE, LEN);
+    ram.write_u64(BASE, 0x11);
+    assert_eq!(g.report(), 0x11);
+    sys::munmap(ram.hva, LEN);
+    for _ in 0..2 {
+        assert_err!(g.cpu.run(), EFAULT);
+        let page = g.cpu.page();
+        if on_kvm() {
+            assert_eq!(page.exit_reason, KVM_EXIT_UNKNOWN);
+            continue;
+        }
+        assert_eq!(page.exit_reason, KVM_EXIT_MEMORY_FAULT);
+        // SAFETY: the exit's arm of the union, plain data.
+        let fault = unsafe { page.__bindgen_anon_1.memory_fault };
+        assert_eq!((fault.flags, fault.gpa, fault.size), (0, BASE + 0x1000, 0x1000));
+    }
+    // With memory there the guest goes on.
+    let again = g.vm.set_slot(1, 0, BASE, 0, 0);
+    assert_ok!(again);
+    g.vm.add_ram(1, BASE, LEN).write_u64(BASE + 0x1000, 0x22);
+    assert_eq!(g.report(), 0x22);
+    g.expect_done();
 }

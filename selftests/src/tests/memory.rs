@@ -15,6 +15,7 @@ tests! { "memory";
     slot_move;
     slot_churn_while_running(40);
     many_slots;
+    slots_thinned_out(60);
     read_only_slot_long;
     unmapped_host_address;
     write_protected_host_address;
@@ -181,6 +182,41 @@ fn many_slots() {
     for slot in (1..n).filter(|x| (1..n).any(|i| i * 7 % n == *x)).step_by(17) {
         assert_eq!(s.read(BASE + slot as u64 * 0x4000), 0xabcd, "slot {slot}");
         assert!(s.is_mmio(0, BASE + slot as u64 * 0x4000 + 0x2000));
+    }
+}
+
+/// Many slots come, most of them go in some order, and others come between those that are left: each address has what it should.
+fn slots_thinned_out() {
+    let s = Server::new();
+    let count = (s.g.vm.cap(KVM_CAP_NR_MEMSLOTS) as u32).min(500) - 1;
+    let ram = Ram::new(BASE, 0x1000);
+    let at = |slot: u32| BASE + u64::from(slot) * 0x2000;
+    let set = |slot: u32, len: u64| assert_ok!(s.g.vm.set_slot(slot, 0, at(slot), len, ram.hva as u64));
+    ram.write_u64(BASE, 0xabcd);
+    let mut there = vec![false; count as usize + 1];
+    let change = |there: &mut Vec<bool>, slot: u32, wanted: bool| {
+        if there[slot as usize] != wanted {
+            set(slot, if wanted { 0x1000 } else { 0 });
+            there[slot as usize] = wanted;
+        }
+    };
+    // Few are left at the front, at the back, everywhere, and none at all.
+    let left: [fn(u32) -> bool; 4] = [|slot| slot % 100 == 1, |slot| slot > 480, |slot| slot % 7 == 0, |_| false];
+    for (round, left) in left.iter().enumerate() {
+        (1..=count).for_each(|slot| change(&mut there, slot, true));
+        for i in 0..count {
+            // Up, down, and scattered.
+            let slot = [i, count - 1 - i, i * 7 % count][round % 3] + 1;
+            change(&mut there, slot, left(slot));
+        }
+        for slot in (1..=count).filter(|slot| left(*slot) || slot % 50 == 2) {
+            assert_eq!(s.is_mmio(0, at(slot)), !left(slot), "round {round}, slot {slot}");
+            assert!(!left(slot) || s.read(at(slot)) == 0xabcd, "round {round}, slot {slot}");
+        }
+        (1..=count).filter(|slot| slot % 3 == 0).for_each(|slot| change(&mut there, slot, true));
+        for slot in (1..=count).step_by(23) {
+            assert_eq!(s.is_mmio(0, at(slot)), !there[slot as usize], "round {round}, slot {slot}, again");
+        }
     }
 }
 

@@ -11,6 +11,7 @@ pub mod control;
 pub mod deadline;
 pub mod debug;
 pub mod dirty_log;
+pub mod disable_exits;
 pub mod eventfds;
 pub mod exceptions;
 pub mod faults;
@@ -21,11 +22,15 @@ pub mod lapic;
 pub mod long_mode;
 pub mod memory;
 pub mod mmio;
+pub mod pmu;
+pub mod protection;
 pub mod random_state;
 pub mod real_mode;
+pub mod registers;
 pub mod safety;
 pub mod state;
 pub mod stress;
+pub mod tasks;
 pub mod tsc;
 pub mod vmms;
 pub mod windows;
@@ -38,9 +43,12 @@ pub const GROUPS: &[Group] = &[
     hypercall::GROUP,
     exceptions::GROUP,
     debug::GROUP,
+    tasks::GROUP,
     mmio::GROUP,
+    protection::GROUP,
     host_state::GROUP,
     state::GROUP,
+    registers::GROUP,
     tsc::GROUP,
     memory::GROUP,
     aging::GROUP,
@@ -48,11 +56,13 @@ pub const GROUPS: &[Group] = &[
     faults::GROUP,
     lapic::GROUP,
     deadline::GROUP,
+    disable_exits::GROUP,
     apicv::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,
     windows::GROUP,
+    pmu::GROUP,
     random_state::GROUP,
     vmms::GROUP,
     stress::GROUP,

@@ -6,7 +6,7 @@ use krabtest::harness::on_kvm;
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::{self, *};
-use krabtest::vm::Vm;
+use krabtest::vm::{Vcpu, Vm};
 use krabtest::{assert_err, assert_ok, payload, skip, tests};
 
 tests! { "tsc";
@@ -15,6 +15,7 @@ tests! { "tsc";
     scaled;
     scaled_clock;
     too_slow_without_scaling;
+    later_vcpus_follow;
 }
 
 payload! { ts_read, 64,
@@ -49,6 +50,21 @@ fn rate(g: &Guest, ms: u64) -> u64 {
     sleep_ms(ms);
     let (later, guest_later) = (host_tsc(), guest_tsc(g));
     (guest_later - guest) * 1000 / (later - host)
+}
+
+/// KVM_VCPU_TSC_OFFSET.
+fn attribute(offset: &mut u64) -> kvm_device_attr {
+    kvm_device_attr { group: 0, attr: 0, addr: offset as *mut u64 as u64, flags: 0 }
+}
+
+fn offset(cpu: &Vcpu) -> u64 {
+    let mut offset = 0;
+    assert_ok!(cpu.set(KVM_GET_DEVICE_ATTR, &attribute(&mut offset)));
+    offset
+}
+
+fn set_offset(cpu: &Vcpu, mut offset: u64) {
+    assert_ok!(cpu.set(KVM_SET_DEVICE_ATTR, &attribute(&mut offset)));
 }
 
 fn has_scaling(vm: &Vm) -> bool {
@@ -131,14 +147,11 @@ fn scaled() {
     let (read, seen) = (g.cpu.msr(0x10).expect("IA32_TSC"), guest_tsc(&g));
     assert!(read >= 1 << 50 && seen >= read && seen - (1 << 50) < 1 << 30, "{read:#x}, then {seen:#x}");
     // The offset comes after scaling.
-    let mut offset = 0u64;
-    let attribute = |offset: &mut u64| kvm_device_attr { group: 0, attr: 0, addr: offset as *mut u64 as u64, flags: 0 };
-    assert_ok!(g.cpu.set(KVM_GET_DEVICE_ATTR, &attribute(&mut offset)));
+    let offset = offset(&g.cpu);
     let (low, seen, high) = (host_tsc() / 4, guest_tsc(&g), host_tsc() / 4 + 1);
     let since = seen.wrapping_sub(offset);
     assert!(since >= low - low / 1000 && since <= high + high / 1000, "{low} {since} {high}");
-    let mut moved = offset.wrapping_add(1 << 52);
-    assert_ok!(g.cpu.set(KVM_SET_DEVICE_ATTR, &attribute(&mut moved)));
+    set_offset(&g.cpu, offset.wrapping_add(1 << 52));
     assert!(guest_tsc(&g) - seen > 1 << 52);
 }
 
@@ -177,4 +190,34 @@ fn too_slow_without_scaling() {
     guest_tsc(&g);
     let rate = rate(&g, 200);
     assert!((2000..4000).contains(&rate) || on_kvm(), "{rate}");
+}
+
+/// An offset that userspace sets, or that comes of a TSC it sets, is that of vCPUs made later and of those set to about the same TSC.
+fn later_vcpus_follow() {
+    let g = Guest::long(ts_read());
+    let first = offset(&g.cpu);
+    let second = g.add_vcpu(1);
+    assert_eq!(offset(&second), first, "made alike");
+    let moved = first.wrapping_add(1 << 50);
+    set_offset(&g.cpu, moved);
+    assert_eq!((offset(&g.cpu), offset(&second)), (moved, first), "only one is set");
+    let third = g.add_vcpu(2);
+    assert_eq!(offset(&third), moved, "made later");
+    assert!(second.set_msr(0x10, 0));
+    assert_eq!(offset(&second), moved, "0 is the TSC of the others");
+    assert!(second.set_msr(0x10, 1 << 40));
+    let far = offset(&second);
+    assert!(far != moved, "far from the others");
+    set_offset(&second, moved);
+    assert!(third.set_msr(0x10, host_tsc().wrapping_add(moved)));
+    assert_eq!(offset(&third), moved, "set to about what the offset gives");
+
+    // The first TSC that userspace sets is not taken for that of a VM that has just begun; the next one is like the first.
+    let g = Guest::long(ts_read());
+    let begun = offset(&g.cpu);
+    assert!(g.cpu.set_msr(0x10, 1));
+    let set = offset(&g.cpu);
+    assert!(set != begun, "the first to be set");
+    assert!(g.cpu.set_msr(0x10, 1000));
+    assert_eq!(offset(&g.cpu), set, "the next");
 }

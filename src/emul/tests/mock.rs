@@ -156,6 +156,9 @@ impl Cpu for Mock {
     fn cpl(&self) -> u8 {
         self.cpl
     }
+    fn set_cpl(&mut self, level: u8) {
+        self.cpl = level;
+    }
     fn efer(&self) -> u64 {
         self.efer
     }

@@ -19,7 +19,7 @@ const USER_DATA: u16 = 0x48;
 const READ_ONLY: u16 = 0x50;
 
 /// Base, limit (before scaling), access byte, flags (bits 7:4 of byte 6).
-const fn pack(base: u32, limit: u32, access: u8, flags: u8) -> u64 {
+pub const fn pack(base: u32, limit: u32, access: u8, flags: u8) -> u64 {
     limit as u64 & 0xFFFF
         | (base as u64 & 0xFF_FFFF) << 16
         | (access as u64) << 40

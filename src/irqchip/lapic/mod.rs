@@ -333,6 +333,16 @@ impl Lapic {
         }
     }
 
+    /// A performance counter overflowed. The entry that is delivered masks itself. SDM "Performance Monitoring Counters Overflow".
+    pub fn deliver_performance(&mut self) -> Option<LocalSignal> {
+        let signal = self.deliver_local(Lvt::Performance);
+        if self.is_present() {
+            self.lvt[Lvt::Performance as usize] |= LVT_MASKED;
+            self.image_stale = true;
+        }
+        signal
+    }
+
     /// Whether this CPU takes the 8259A's interrupts: its LINT0 is in ExtINT mode ("virtual wire"), or the APIC is
     /// globally disabled and LINT0 is the CPU's INTR pin.
     pub const fn accepts_pic(&self) -> bool {

@@ -235,6 +235,19 @@ fn local_interrupts() {
 }
 
 #[test]
+fn performance_interrupts_mask_themselves() {
+    const LVT_PERFORMANCE: u32 = 0x340;
+    let mut lapic = enabled();
+    let _ = write(&mut lapic, LVT_PERFORMANCE, 0x51);
+    assert_eq!(lapic.deliver_performance(), None);
+    assert_eq!(lapic.highest_irr(), Some(0x51));
+    assert_eq!(read(&mut lapic, LVT_PERFORMANCE), LVT_MASKED | 0x51);
+    let _ = write(&mut lapic, LVT_PERFORMANCE, 4 << 8);
+    assert_eq!(lapic.deliver_performance(), Some(LocalSignal::Nmi));
+    assert_eq!(lapic.deliver_performance(), None);
+}
+
+#[test]
 fn errors_interrupt() {
     let mut lapic = enabled();
     let _ = write(&mut lapic, LVT_ERROR, 0xFE);

@@ -6,6 +6,7 @@
 use super::MsrConfig;
 use crate::arch::cpuid::{kvm_eax, Vendor};
 use crate::arch::msr;
+use crate::policy::pmu;
 
 /// Where an MSR is listed.
 #[derive(Clone, Copy)]
@@ -83,7 +84,7 @@ fn listed<'a>(table: &'static [(u32, When)], config: &'a MsrConfig) -> impl Iter
 
 /// KVM_GET_MSR_INDEX_LIST.
 pub fn index_list(config: &MsrConfig) -> impl Iterator<Item = u32> + '_ {
-    listed(SAVED, config)
+    listed(SAVED, config).chain(pmu::index_list(&config.pmu))
 }
 
 /// KVM_GET_MSR_FEATURE_INDEX_LIST.

@@ -5,8 +5,8 @@
 //! with the value already checked; writes with a consequence come back as an [`Effect`]. An MSR that is on no list
 //! raises #GP.
 //!
-//! Not supported: performance counters (the old ones read 0 and swallow writes), last-branch records, SMM, power management
-//! beyond what an old kernel reads at boot, SVM and VMX for guests, bits of XSS, CET, PT.
+//! Performance counters are those of [`pmu`](super::pmu); without them the old ones read 0 and swallow writes. Not supported:
+//! last-branch records, SMM, power management beyond what an old kernel reads at boot, SVM and VMX for guests, bits of XSS, CET, PT.
 #![forbid(unsafe_code)]
 
 mod constant;
@@ -21,7 +21,7 @@ mod tests;
 pub use list::{feature_list, feature_value, index_list};
 pub use mce::{BadMce, Reported, MCE_CAP_SUPPORTED};
 
-use super::caps::GuestCaps;
+use super::{caps::GuestCaps, pmu::PmuCaps};
 use crate::abi::{pvclock::KVM_STEAL_TIME_RESERVED, vcpu::KvmX86Mce};
 use crate::arch::addr::{is_canonical, Gpa};
 use crate::arch::cpuid::{kvm_eax, Vendor};
@@ -45,6 +45,8 @@ pub struct MsrConfig {
     pub arch_capabilities: u64,
     /// The host's UCODE_REV (PATCH_LEVEL), a feature MSR.
     pub microcode: u64,
+    /// The performance counters that guests can have: another room's MSRs.
+    pub pmu: PmuCaps,
 }
 
 /// What an access depends on beside the MSRs themselves.

@@ -32,6 +32,7 @@ fn config(vendor: Vendor) -> MsrConfig {
         pv_features: PV_FEATURES | kvm_eax::PV_EOI,
         arch_capabilities: if vendor == Vendor::Intel { 0x2B } else { 0 },
         microcode: 0x0100_0065,
+        pmu: PmuCaps::NONE,
     }
 }
 

@@ -3,7 +3,6 @@
 //! "Information for VM Exits That Occur During Event Delivery", "Information About NMI Unblocking Due to IRET".
 //!
 //! Fields are read when they are needed and not before: each costs time on the exit path.
-//! A task switch is reported as unknown: it is not emulated, and no guest of today does one.
 #![forbid(unsafe_code)]
 
 use crate::{
@@ -11,14 +10,17 @@ use crate::{
         cr::dr,
         vmcs::{
             event::{InterruptionInfo, Kind},
-            exit::{reason, ApicAccess, CrAccess, CrAccessKind, DrAccess, EptViolation, ExitReason, IoAccess},
+            exit::{
+                self, reason, ApicAccess, CrAccess, CrAccessKind, DrAccess, EptViolation, ExitReason, IoAccess,
+                TaskSwitchSource,
+            },
             ReadOnly32, ReadOnly64, ReadOnlyNatural, Readable,
         },
         Gpa,
     },
     guest::{
         event::{vector, Event, Exception},
-        exit::{NestedFault, PortAccess, RegisterMove},
+        exit::{NestedFault, PortAccess, RegisterMove, TaskSource, TaskSwitch},
         Exit,
     },
 };
@@ -206,10 +208,31 @@ fn in_delivery(fields: &impl Fields, number: u16) -> Decoded {
             // Not an instruction's length when an event's delivery or a page walk made the access.
             return Decoded { unfinished, ..Decoded::plain(VmExit::Apic(ApicAccess(qualification()))) };
         }
+        reason::TASK_SWITCH => {
+            let switch = task_switch(exit::TaskSwitch(qualification()));
+            // By an instruction, then: at a task gate INT n, INT1, INT3 or INTO.
+            let length = || fields.read(ReadOnly32::InstructionLength) as u8;
+            let instruction_bytes = unfinished.is_none().then(length);
+            return Decoded {
+                instruction_bytes,
+                unfinished,
+                ..Decoded::plain(VmExit::Guest(Exit::TaskSwitch(switch)))
+            };
+        }
         reason::TRIPLE_FAULT => VmExit::Guest(Exit::Shutdown),
         number => VmExit::Guest(Exit::Unknown { reason: number.into() }),
     };
     Decoded { exit, instruction_bytes: None, unfinished, blocks_nmis }
+}
+
+fn task_switch(qualification: exit::TaskSwitch) -> TaskSwitch {
+    let source = match qualification.source() {
+        TaskSwitchSource::Call => TaskSource::Call,
+        TaskSwitchSource::Iret => TaskSource::Iret,
+        TaskSwitchSource::Jmp => TaskSource::Jump,
+        TaskSwitchSource::Gate => TaskSource::Gate,
+    };
+    TaskSwitch { selector: qualification.selector(), source }
 }
 
 fn exception(fields: &impl Fields, info: InterruptionInfo) -> VmExit {

@@ -18,7 +18,7 @@ use crate::{
     },
     guest::{
         event::vector,
-        exit::{NestedFault, PortAccess, RegisterMove},
+        exit::{NestedFault, PortAccess, RegisterMove, TaskSource, TaskSwitch},
         Event, Exception, Exit,
     },
 };
@@ -249,8 +249,28 @@ fn interrupted_deliveries() {
     let unfinished = Some(Event::Exception(Exception::with_code(vector::GP, 0x10)));
     assert_eq!(with_code(reason::EPT_VIOLATION).qualification(0x182).gpa(0).decode().unfinished, unfinished);
     assert_eq!(with_code(reason::APIC_ACCESS).qualification(0x3000).decode().unfinished, unfinished);
-    assert_eq!(with_code(reason::TASK_SWITCH).decode().unfinished, unfinished);
+    assert_eq!(with_code(reason::TASK_SWITCH).qualification(0).decode().unfinished, unfinished);
     assert_eq!(with_code(reason::TRIPLE_FAULT).guest(), Exit::Shutdown);
+}
+
+#[test]
+fn task_switches() {
+    let decode =
+        |qualification, vectoring| Table::new(reason::TASK_SWITCH).qualification(qualification).vectoring(vectoring);
+    let switch = |selector, source| VmExit::Guest(Exit::TaskSwitch(TaskSwitch { selector, source }));
+    for (number, source) in [(0, TaskSource::Call), (1, TaskSource::Iret), (2, TaskSource::Jump), (3, TaskSource::Gate)]
+    {
+        // An instruction: INT n, if it is through a gate.
+        let decoded = decode(number << 30 | 0x48, 0).length(2).decode();
+        assert_eq!(decoded.exit, switch(0x48, source));
+        assert_eq!((decoded.instruction_bytes, decoded.unfinished), (Some(2), None));
+    }
+    let software = decode(3 << 30 | 0x48, 0x8000_0603).length(1).decode();
+    assert_eq!((software.instruction_bytes, software.unfinished), (Some(1), None));
+    let interrupt = decode(3 << 30 | 0x48, 0x8000_0031).decode();
+    assert_eq!((interrupt.instruction_bytes, interrupt.unfinished), (None, Some(Event::Interrupt(0x31))));
+    let fault = decode(3 << 30 | 0x48, 0x8000_0B08).with(ReadOnly32::IdtVectoringErrorCode, 0).decode();
+    assert_eq!(fault.unfinished, Some(Event::Exception(Exception::with_code(vector::DF, 0))));
 }
 
 #[test]
@@ -269,7 +289,7 @@ fn failures() {
     assert_eq!(misconfigured, VmExit::EptMisconfiguration(Gpa(0x5000)));
     let pml = Table::new(reason::PML_FULL).vectoring(0).qualification(0).exit();
     assert_eq!(pml, VmExit::PmlFull);
-    for number in [reason::TASK_SWITCH, reason::INVLPG, reason::GDTR_IDTR, reason::SIPI, 0xFFFF] {
+    for number in [reason::INVLPG, reason::GDTR_IDTR, reason::SIPI, 0xFFFF] {
         assert_eq!(Table::new(number).vectoring(0).guest(), Exit::Unknown { reason: number.into() });
     }
 }

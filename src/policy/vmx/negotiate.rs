@@ -196,6 +196,8 @@ pub struct Options {
     pub accessed_dirty: bool,
     /// Guests in real mode and without paging run on the CPU.
     pub unrestricted_guest: bool,
+    /// The host takes its events by FRED: an interrupt that an exit acknowledged finds no gate of an IDT.
+    pub fred: bool,
 }
 
 impl Options {
@@ -207,6 +209,7 @@ impl Options {
         preemption_timer: Some(100_000),
         accessed_dirty: true,
         unrestricted_guest: true,
+        fred: false,
     };
 }
 
@@ -441,6 +444,7 @@ fn features(msrs: &CapabilityMsrs, options: Options) -> Result<Features, Refusal
         virtual_interrupts,
         x2apic_mode: apicv && may_secondary(secondary::VIRTUALIZE_X2APIC_MODE),
         posted_interrupts: options.posted
+            && !options.fred
             && virtual_interrupts
             && msrs.may(Word::Pin, pin::POSTED_INTERRUPTS)
             && msrs.may(Word::Exit, exit::ACKNOWLEDGE_INTERRUPT),

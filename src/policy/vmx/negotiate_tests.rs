@@ -391,3 +391,16 @@ fn random_capabilities_are_refused_or_legal() {
     }
     assert!(good > 5_000 && refused > 500, "{good} {refused}");
 }
+
+#[test]
+fn a_host_with_fred_acknowledges_its_interrupts_itself() {
+    for cpu in &GOOD {
+        let with = negotiate(&cpu.msrs, Options { fred: true, ..Options::ALL }).unwrap();
+        let without = negotiate(&cpu.msrs, Options::ALL).unwrap();
+        assert_eq!(with.controls.exit & exit::ACKNOWLEDGE_INTERRUPT, 0, "{}", cpu.name);
+        // Nothing else changes.
+        let posted_interrupts = false;
+        assert_eq!(with.features, Features { posted_interrupts, ..without.features }, "{}", cpu.name);
+        assert_eq!(with.controls, without.controls, "{}", cpu.name);
+    }
+}

@@ -6,8 +6,12 @@
 //! A loop of known length tells how many ticks an instruction takes, and all figures are divided by that: so elsewhere
 //! than under `-icount` they are relative times only. Minimum and median of `--rounds` rounds (15 unless told).
 //!
-//! JSON: {"device", "ticks_per_instruction", "rows": {name: {"min", "median"} or null}, "reasons": {name: text}}.
+//! JSON: {"device", "ticks_per_instruction", "rows": {name: {"min", "median", "counts"} or null}, "reasons": {name: text}}. Counts, of what
+//! costs the host's kernel more than an instruction, are there for most rows where the machine tells them: {name: number}.
 
+mod loops;
+
+use krabtest::counts::{self, Counts};
 use krabtest::guest::*;
 use krabtest::harness::{options, set_options, Options, Skip};
 use krabtest::ioctls::*;
@@ -15,6 +19,7 @@ use krabtest::kvm::*;
 use krabtest::sys::{self, *};
 use krabtest::vm::{Device, Ram};
 use krabtest::{payload, skip};
+use loops::*;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,7 +97,7 @@ fn main() {
         }
     }
     set_options(o);
-    let ticks = measure(calibration).map_or(1.0, |(min, _)| min / 2.0);
+    let ticks = measure(calibration).map_or(1.0, |row| row.min / 2.0);
     println!("# {}: {ticks:.3} ticks per instruction", options().device);
     println!("{:<30} {:>12} {:>12}", "operation", "min", "median");
     let (mut rows, mut reasons) = (String::new(), String::new());
@@ -105,12 +110,18 @@ fn main() {
         }
         let comma = |s: &String| if s.is_empty() { "" } else { "," };
         match measure(*func) {
-            Ok((min, median)) => {
+            Ok(Measured { min, median, counts }) => {
                 let unit = if *name == VM_BYTES { 1.0 } else { ticks };
                 let (min, median) = (min / unit, median / unit);
                 println!("{name:<30} {min:>12.1} {median:>12.1}");
                 let c = comma(&rows);
-                let _ = write!(rows, "{c}\n  \"{name}\": {{\"min\": {min:.1}, \"median\": {median:.1}}}");
+                let counts: Vec<_> =
+                    counts::NAMES.iter().zip(&counts).map(|(n, count)| format!("\"{n}\": {count:.2}")).collect();
+                let counts = counts.join(", ");
+                let _ = write!(
+                    rows,
+                    "{c}\n  \"{name}\": {{\"min\": {min:.1}, \"median\": {median:.1}, \"counts\": {{{counts}}}}}"
+                );
             }
             Err(why) => {
                 println!("{name:<30} {:>12} {:>12}  # {why}", "-", "-");
@@ -138,8 +149,16 @@ fn usage() -> ! {
     std::process::exit(2);
 }
 
-/// Runs a row in a child of its own: minimum and median, in ticks, or why not.
-fn measure(func: fn() -> Vec<f64>) -> std::result::Result<(f64, f64), String> {
+/// One row, in ticks.
+struct Measured {
+    min: f64,
+    median: f64,
+    /// Empty where nothing was counted.
+    counts: Vec<f64>,
+}
+
+/// Runs a row in a child of its own, or tells why not.
+fn measure(func: fn() -> Vec<f64>) -> std::result::Result<Measured, String> {
     let mut pipe = [0; 2];
     let _ = std::io::stdout().flush();
     // SAFETY: this process has one thread; the child leaves by `_exit`.
@@ -176,12 +195,14 @@ fn measure(func: fn() -> Vec<f64>) -> std::result::Result<(f64, f64), String> {
     if let Some(why) = text.strip_prefix("E ") {
         return Err(why.to_string());
     }
-    let mut samples: Vec<f64> = text.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+    let numbers = |text: &str| text.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+    let (samples, counts) = text.split_once('|').unwrap_or((&text, ""));
+    let (mut samples, counts): (Vec<f64>, Vec<f64>) = (numbers(samples), numbers(counts));
     if samples.is_empty() {
         return Err("the child ended without a word".into());
     }
     samples.sort_by(f64::total_cmp);
-    Ok((samples[0], samples[samples.len() / 2]))
+    Ok(Measured { min: samples[0], median: samples[samples.len() / 2], counts })
 }
 
 fn child(func: fn() -> Vec<f64>, to: i32) -> ! {
@@ -190,7 +211,10 @@ fn child(func: fn() -> Vec<f64>, to: i32) -> ! {
     std::panic::set_hook(Box::new(|_| ()));
     sys::arm_kick_signal();
     let text = match std::panic::catch_unwind(func) {
-        Ok(samples) => samples.iter().map(f64::to_string).collect::<Vec<_>>().join(" "),
+        Ok(samples) => {
+            let join = |numbers: &[f64]| numbers.iter().map(f64::to_string).collect::<Vec<_>>().join(" ");
+            format!("{}|{}", join(&samples), counts::least().map_or(String::new(), |counts| join(&counts)))
+        }
         Err(p) => {
             let why = p
                 .downcast_ref::<Skip>()
@@ -220,11 +244,16 @@ fn host_rounds(n: u64, mut op: impl FnMut()) -> Vec<f64> {
     op();
     (0..rounds())
         .map(|_| {
-            let start = tsc();
-            for _ in 0..n {
-                op();
-            }
-            (tsc() - start) as f64 / n as f64
+            let mut took = 0;
+            counts::record(None, || {
+                let start = tsc();
+                for _ in 0..n {
+                    op();
+                }
+                took = tsc() - start;
+                n
+            });
+            took as f64 / n as f64
         })
         .collect()
 }
@@ -239,77 +268,6 @@ fn calibration() -> Vec<f64> {
         })
         .collect()
 }
-
-/// A payload of the form: `setup`; round: exit, count down R15D over `op`, ticks to DATA.
-macro_rules! op_loop {
-    ($name:ident, $n:literal, [$($setup:expr),*], [$($op:expr),*]) => {
-        payload! { $name, 64,
-            $($setup,)*
-            "4: out 0xed, al",
-            concat!("mov r15d, ", $n),
-            "rdtsc",
-            "shl rdx, 32",
-            "or rax, rdx",
-            "mov r8, rax",
-            "5:",
-            $($op,)*
-            "dec r15d",
-            "jnz 5b",
-            "rdtsc",
-            "shl rdx, 32",
-            "or rax, rdx",
-            "sub rax, r8",
-            "mov [0x100000], rax",
-            concat!("mov qword ptr [0x100008], ", $n),
-            "jmp 4b",
-        }
-    };
-}
-
-op_loop!(b_cpuid, 200, [], ["xor eax, eax", "cpuid"]);
-op_loop!(b_vmcall, 200, [], ["mov eax, 0x7777", "vmcall"]);
-op_loop!(b_vmmcall, 200, [], ["mov eax, 0x7777", "vmmcall"]);
-op_loop!(b_rdmsr, 200, [], ["mov ecx, 0x1a0", "rdmsr"]);
-op_loop!(
-    b_wrmsr,
-    200,
-    ["mov ecx, 0x1a0", "rdmsr", "mov r9d, eax", "mov r10d, edx"],
-    ["mov ecx, 0x1a0", "mov eax, r9d", "mov edx, r10d", "wrmsr"]
-);
-op_loop!(b_invd, 200, [], ["invd"]);
-op_loop!(b_wbinvd, 200, [], ["wbinvd"]);
-op_loop!(b_cr8, 200, [], ["mov rax, cr8"]);
-op_loop!(b_port, 200, [], ["mov dx, 0x4d0", "in al, dx"]);
-op_loop!(b_ioeventfd_pio, 200, [], ["mov dx, 0x600", "out dx, al"]);
-op_loop!(b_ioeventfd_mmio, 200, ["mov ebx, 0xd0000000"], ["mov [rbx], eax"]);
-op_loop!(b_out, 200, [], ["mov dx, 0x700", "out dx, al"]);
-op_loop!(b_in, 200, [], ["mov dx, 0x700", "in al, dx"]);
-op_loop!(b_mmio_write, 200, ["mov ebx, 0xd0000000"], ["mov [rbx], eax"]);
-op_loop!(b_mmio_read, 200, ["mov ebx, 0xd0000000"], ["mov eax, [rbx]"]);
-op_loop!(b_eoi, 200, [], ["mov ecx, 0x80b", "xor eax, eax", "xor edx, edx", "wrmsr"]);
-op_loop!(b_icr, 200, ["cli"], ["mov ecx, 0x830", "mov eax, 0x40050", "xor edx, edx", "wrmsr"]);
-op_loop!(b_self_ipi, 200, ["sti"], ["mov ecx, 0x83f", "mov eax, 0x51", "xor edx, edx", "wrmsr"]);
-op_loop!(
-    b_xapic_eoi,
-    200,
-    ["mov ebx, 0xfee00000", "mov dword ptr [rbx + 0xf0], 0x1ff"],
-    ["mov dword ptr [rbx + 0xb0], 0"]
-);
-op_loop!(
-    b_deadline,
-    200,
-    [
-        "cli",
-        "mov ebx, 0xfee00000",
-        "mov dword ptr [rbx + 0xf0], 0x1ff",
-        "mov dword ptr [rbx + 0x320], 0x40042",
-        "mfence",
-        "rdtsc",
-        "add edx, 16",
-        "mov r9d, edx"
-    ],
-    ["mov ecx, 0x6e0", "xor eax, eax", "mov edx, r9d", "wrmsr"]
-);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Irqchip {
@@ -336,14 +294,26 @@ fn bench_guest(code: &[u8], irqchip: Irqchip) -> Guest {
 
 /// One round after the other of an `op_loop` guest whose operations never reach userspace.
 fn rounds_of(g: &Guest) -> Vec<f64> {
+    let frame = frame();
     g.expect_done();
     g.expect_done();
     (0..rounds())
         .map(|_| {
-            g.expect_done();
+            counts::record(frame, || {
+                g.expect_done();
+                g.ram.read_u64(DATA + 8)
+            });
             g.ram.read_u64(DATA) as f64 / g.ram.read_u64(DATA + 8) as f64
         })
         .collect()
+}
+
+/// What a round of nothing makes the host do: a call of KVM_RUN that ends with the guest's next port.
+fn frame() -> Option<Counts> {
+    let g = Guest::long(b_nothing());
+    g.expect_done();
+    g.expect_done();
+    (0..4).filter_map(|_| counts::of(|| g.expect_done())).reduce(|a, b| std::array::from_fn(|n| a[n].min(b[n])))
 }
 
 fn guest_loop(code: &[u8], irqchip: Irqchip) -> Vec<f64> {
@@ -370,17 +340,24 @@ fn ioeventfd_mmio() -> Vec<f64> {
 /// As `rounds_of`, with every other exit sent straight back.
 fn rounds_with_exits(g: &Guest) -> Vec<f64> {
     let page = g.cpu.page();
-    let mut samples = Vec::new();
-    while samples.len() < rounds() + 2 {
+    let round = || loop {
         sys::ioctl(g.cpu.fd, KVM_RUN, 0).unwrap_or_else(|e| panic!("KVM_RUN: {e:?}"));
         // SAFETY: `io` is the union's field for this exit reason.
         if page.exit_reason == KVM_EXIT_IO && unsafe { page.__bindgen_anon_1.io.port } == PORT_DONE {
-            samples.push(g.ram.read_u64(DATA) as f64 / g.ram.read_u64(DATA + 8).max(1) as f64);
+            return g.ram.read_u64(DATA + 8).max(1);
         } else if page.exit_reason != KVM_EXIT_IO && page.exit_reason != KVM_EXIT_MMIO {
             panic!("exit {:?}", g.cpu.exit());
         }
-    }
-    samples.split_off(2)
+    };
+    let frame = frame();
+    round();
+    round();
+    (0..rounds())
+        .map(|_| {
+            counts::record(frame, round);
+            g.ram.read_u64(DATA) as f64 / g.ram.read_u64(DATA + 8).max(1) as f64
+        })
+        .collect()
 }
 
 fn port_to_userspace() -> Vec<f64> {
@@ -566,6 +543,15 @@ fn one_touch(g: &Guest) -> f64 {
     g.ram.read_u64(DATA) as f64 / PAGES as f64
 }
 
+fn recorded_touch(g: &Guest) -> f64 {
+    let mut ticks = 0.0;
+    counts::record(None, || {
+        ticks = one_touch(g);
+        PAGES as u64
+    });
+    ticks
+}
+
 fn nested_fault(demand_zero: bool) -> Vec<f64> {
     let g = touch_guest(4096);
     let ram = Ram::new(BASE, PAGES * 4096);
@@ -578,7 +564,7 @@ fn nested_fault(demand_zero: bool) -> Vec<f64> {
             }
             // A new slot has no mappings.
             g.vm.map(1, 0, ram).expect("slot");
-            let t = one_touch(&g);
+            let t = recorded_touch(&g);
             g.vm.set_slot(1, 0, 0, 0, 0).expect("slot");
             t
         })
@@ -641,7 +627,7 @@ fn logged_write() -> Vec<f64> {
     (0..rounds())
         .map(|_| {
             get_dirty_log(&g);
-            one_touch(&g)
+            recorded_touch(&g)
         })
         .collect()
 }
