@@ -617,7 +617,7 @@ impl<V: Vendor> State<V> {
                 Event::Interrupt(_) => vcpu.peer.stats.count(VcpuStat::IrqInjections),
                 _ => {}
             }
-            self.hw.inject(event);
+            self.hw.inject(event, irqs);
         }
         // Another one may wait behind the one that goes in now, or behind a signal of the 8259A that was taken back.
         let mut more = entry.interrupt_window || user_window || !blocked && self.interrupt_waits();

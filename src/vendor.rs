@@ -124,7 +124,7 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// How the guest's TSC follows the host's. It has a ratio only where [`Vendor::tsc_format`] says how to write one.
     fn set_tsc(&mut self, tsc: GuestTsc);
     /// Delivers `event` at the next entry.
-    fn inject(&mut self, event: Event);
+    fn inject(&mut self, event: Event, irqs: &IrqsOff);
     /// What the last exit interrupted the delivery of.
     fn take_unfinished_event(&mut self) -> Option<Event>;
     /// Whether the guest is in an interrupt shadow.

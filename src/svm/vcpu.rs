@@ -16,7 +16,7 @@ use crate::{
         Hpa, Level,
     },
     glue::{
-        cpu::{IrqsOff, VcpuId},
+        cpu::{self, IrqsOff, VcpuId},
         fpu::Window,
         phys::{Bytes, PhysBox},
     },
@@ -436,7 +436,11 @@ impl VendorVcpu for SvmVcpu {
         self.tsc_ratio = tsc.ratio;
     }
 
-    fn inject(&mut self, event: Event) {
+    fn inject(&mut self, event: Event, irqs: &IrqsOff) {
+        if self.host.repeats_interrupts && matches!(event, Event::Interrupt(_)) {
+            // An exit before the handler's first instruction.
+            cpu::interrupt_self(irqs);
+        }
         let Vmcb { control, save } = &mut *self.vmcb;
         let (kind, vector) = match event {
             Event::Interrupt(vector) => (event::TYPE_INTERRUPT, vector),

@@ -445,7 +445,7 @@ impl VendorVcpu for VmxVcpu {
         self.dirty |= own::CONTROL | own::SECONDARY;
     }
 
-    fn inject(&mut self, event: Event) {
+    fn inject(&mut self, event: Event, _irqs: &IrqsOff) {
         match event {
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 tests! { "stress";
     fast_pit;
     kicks(60);
+    each_interrupt_once(60);
     immediate_exit_race(60);
     two_vms_at_once(60);
     create_and_destroy(120);
@@ -26,6 +27,48 @@ tests! { "stress";
     cpu_taken_offline(60);
     memory_limit;
     descriptor_limit;
+}
+
+payload! { ss_self_ipis, 64,
+    "mov rbx, 0xfee00000",
+    "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "sti",
+    "2: mov ecx, edi",
+    "3: mov dword ptr [rbx + 0x300], 0x40050",  // self, fixed, vector 0x50
+    "dec ecx",
+    "jnz 3b",
+    "out 0xed, al",
+    "jmp 2b",
+}
+
+/// Of one cache line, because hosts may punish atomic accesses across two.
+#[repr(align(64))]
+struct Line([u64; 2]);
+
+/// Interrupts come once each while another CPU makes this one stop and go on. QEMU's emulation does so for each misaligned atomic access:
+/// it runs the CPU that wants it alone.
+fn each_interrupt_once() {
+    let g = Guest::long_irqchip(ss_self_ipis());
+    g.set_eoi(Eoi::Xapic);
+    let rounds = 500;
+    let mut r = g.cpu.regs();
+    r.rdi = rounds;
+    g.cpu.set_regs(&r);
+    let mut words = Line([0; 2]);
+    let misaligned = words.0.as_mut_ptr().wrapping_byte_add(1).cast::<u32>();
+    std::thread::scope(|s| {
+        let runs = s.spawn(|| {
+            for turn in 1..=4 {
+                g.expect_done();
+                assert_eq!(g.count(0x50), turn * rounds, "interrupts in turn {turn}");
+            }
+        });
+        while !runs.is_finished() {
+            // SAFETY: adds to four of the 16 bytes.
+            unsafe { std::arch::asm!("lock inc dword ptr [{}]", in(reg) misaligned) };
+        }
+        assert!(runs.join().is_ok(), "the vCPU's thread failed");
+    });
 }
 
 payload! { ss_count, 64,
