@@ -193,7 +193,7 @@ impl GuestFpu {
             // SAFETY: DR7 enables the host's own in the kernel only around hardware breakpoints, restored by the drop.
             unsafe { bindings::krab_swap_debug_registers(self.breakpoints.as_mut_ptr()) };
         }
-        Window { fpu: self, host_pkru, host_tsc_aux, not_send: PhantomData }
+        Window { fpu: self, host_pkru, host_tsc_aux, irqs: PhantomData }
     }
 }
 
@@ -202,7 +202,7 @@ pub(crate) struct Window<'a> {
     fpu: &'a mut GuestFpu,
     host_pkru: u32,
     host_tsc_aux: Option<u64>,
-    not_send: PhantomData<*mut ()>,
+    irqs: PhantomData<&'a IrqsOff>,
 }
 
 impl Window<'_> {

@@ -280,6 +280,7 @@ void krab_guest_time_begin(void)
 	vtime_account_guest_enter();
 }
 
+/* As vtime_account_guest_exit(), but interrupts are on: only where the tick does not count need they be off. */
 void krab_guest_time_end(void)
 {
 	unsigned long flags;

@@ -74,8 +74,8 @@ pub(crate) fn notification_vector() -> Option<u8> {
     }
 }
 
-/// Lets the host handle the interrupt that ended a guest's run and that the exit acknowledged. Interrupts are on in between. VMX operation
-/// is over, and nothing of what the handler could look at is the guest's but what [`TaskState`] keeps.
+/// Lets the host handle the interrupt that ended a guest's run and that the exit acknowledged. Interrupts are on in between, and softirqs
+/// run: VMX operation is over, the guest's extended state is saved, and [`TaskState`] is restored.
 pub(crate) fn deliver_host_interrupt(vector: u8, _irqs: &IrqsOff) {
     // SAFETY: the CPU has acknowledged the interrupt, so its handler is what has to run now, and preemption is off.
     unsafe { bindings::krab_vmx_host_interrupt(vector) };
