@@ -27,7 +27,8 @@ start() {
 	eval "pid_$name=$!"
 }
 pid() { eval "echo \$pid_$1"; }
-monitor() { echo "$2" >"/tmp/$1.monitor"; }
+# Also when the guest has ended: opened for reading, too, because nobody else may have it open.
+monitor() { echo "$2" 1<>"/tmp/$1.monitor"; }
 stop() {
 	kill "$(pid "$1")" 2>/dev/null
 	wait "$(pid "$1")"
