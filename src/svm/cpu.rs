@@ -8,7 +8,10 @@ use kernel::{prelude::*, sync::Arc};
 
 use super::insn;
 use crate::{
-    arch::{cpuid::ext10_edx, msr},
+    arch::{
+        cpuid::{ext10_edx, leaf1_ecx},
+        msr,
+    },
     glue::{
         cpu::{self, HostFeatures, IrqsOff, LastVcpu, VcpuId},
         error,
@@ -224,10 +227,10 @@ const PASSED_THROUGH: [u32; 10] = [
 /// CPU stops this one, for example to make a misaligned access atomic, it delivers the interrupt once more, be it in the first
 /// instruction of the handler.
 fn repeats_interrupts() -> bool {
-    // Leaf 1, ECX bit 31: there is a hypervisor. Leaf 4000_0000h: its name.
+    // The hypervisor's name, where there is one.
     let [_, b, c, d] = cpu::cpuid(0x4000_0000, 0);
     let qemu = [b, c, d].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"];
-    cpu::cpuid(1, 0)[2] & 1 << 31 != 0 && qemu && kernel::cpu::nr_cpu_ids() > 1
+    cpu::cpuid(1, 0)[2] & leaf1_ecx::HYPERVISOR != 0 && qemu && cpu::ids() > 1
 }
 
 /// The usual permissions, and reading the CPU's counters. `None`: `free` has none of them.

@@ -41,10 +41,6 @@ payload! { ss_self_ipis, 64,
     "jmp 2b",
 }
 
-/// Of one cache line, because hosts may punish atomic accesses across two.
-#[repr(align(64))]
-struct Line([u64; 2]);
-
 /// Interrupts come once each while another CPU makes this one stop and go on. QEMU's emulation does so for each misaligned atomic access:
 /// it runs the CPU that wants it alone.
 fn each_interrupt_once() {
@@ -57,8 +53,9 @@ fn each_interrupt_once() {
     let mut r = g.cpu.regs();
     r.rdi = rounds;
     g.cpu.set_regs(&r);
-    let mut words = Line([0; 2]);
-    let misaligned = words.0.as_mut_ptr().wrapping_byte_add(1).cast::<u32>();
+    // Inside of one word, because hosts may punish atomic accesses across cache lines.
+    let mut word = 0_u64;
+    let misaligned = (&raw mut word).wrapping_byte_add(1).cast::<u32>();
     std::thread::scope(|s| {
         let runs = s.spawn(|| {
             for turn in 1..=4 {
@@ -67,7 +64,7 @@ fn each_interrupt_once() {
             }
         });
         while !runs.is_finished() {
-            // SAFETY: adds to four of the 16 bytes.
+            // SAFETY: adds to four of the word's bytes.
             unsafe { std::arch::asm!("lock inc dword ptr [{}]", in(reg) misaligned) };
         }
         assert!(runs.join().is_ok(), "the vCPU's thread failed");
