@@ -73,7 +73,9 @@ fn ends_without_exits() {
     let real_ends = || g.ram.read_u64(REAL_ENDS);
     g.expect_done();
     assert_eq!(g.count(VECTOR), 100, "each lets the next one through");
-    assert_eq!(real_ends(), if without_exits() { 100 } else { 0 });
+    let real = real_ends();
+    println!("# {real} of 100 ended for real");
+    assert!(if without_exits() { real == 100 } else { real <= 20 }, "{real} of 100 ended for real");
     assert!(!promised(&g), "no promise outlives the guest's run");
     assert_eq!(in_service(&g), []);
     assert!(g.cpu.set_msr(MSR_KVM_PV_EOI_EN, 0));
@@ -133,13 +135,14 @@ payload! { pv_eoi_steps, 64,
 
 fn promise_and_end() {
     need_promises!();
+    if on_kvm() {
+        skip!("KVM makes fewer promises: only where its cache of the highest vector in service is valid");
+    }
     let g = guest(pv_eoi_steps(), Eoi::None);
     assert_eq!(g.report(), 1);
     assert!(!promised(&g), "taken back outside of the guest");
     assert_eq!(in_service(&g), [0x60]);
-    let again = g.report();
-    // KVM does not bother after an exit to userspace.
-    assert!(again == 1 || on_kvm(), "promised again");
+    assert_eq!(g.report(), 1, "promised again");
     assert_eq!(g.report(), 0, "another one waits for the end");
     assert_eq!((g.count(0x50), g.report(), g.count(0x50)), (0, 1, 1));
     assert_eq!(in_service(&g), [0x50]);
