@@ -63,8 +63,7 @@ pub(crate) struct Svm {
     asid_count: u32,
     /// The CPUs scale guests' TSCs.
     pub(super) tsc_ratio: bool,
-    /// The CPUs may deliver an injected interrupt again, until the guest's next exit or exception.
-    pub(super) repeats_interrupts: bool,
+    pub(super) injection: Injection,
     pub(super) io_permissions: PhysBox<Bytes<{ 4 * 4096 }>>,
     pub(super) msr_permissions: PhysBox<Bytes<{ 2 * 4096 }>>,
     /// The same without exceptions: every access is an exit.
@@ -121,7 +120,7 @@ impl Svm {
                 per_cpu,
                 features,
                 tsc_ratio,
-                repeats_interrupts: repeats_interrupts(),
+                injection: Injection::choose(),
                 asid_count,
                 io_permissions,
                 msr_permissions,
@@ -223,14 +222,32 @@ const PASSED_THROUGH: [u32; 10] = [
     msr::KERNEL_GS_BASE,
 ];
 
-/// Whether QEMU emulates several CPUs. Its SVM (seen in 10.0.13) forgets to note that an injected interrupt was delivered: when another
-/// CPU stops this one, for example to make a misaligned access atomic, it delivers the interrupt once more, be it in the first
-/// instruction of the handler.
-fn repeats_interrupts() -> bool {
-    // The hypervisor's name, where there is one.
-    let [_, b, c, d] = cpu::cpuid(0x4000_0000, 0);
-    let qemu = [b, c, d].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"];
-    cpu::cpuid(1, 0)[2] & leaf1_ecx::HYPERVISOR != 0 && qemu && cpu::ids() > 1
+/// How an interrupt is injected.
+///
+/// The SVM that QEMU emulates (seen in 10.0.13) forgets to note that an injected interrupt was delivered: when something stops the CPU, a
+/// timer of the machine or another CPU's misaligned atomic access, it delivers the interrupt once more, be it in the first
+/// instruction of the handler. The guest's next exit or exception ends that.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Injection {
+    /// As an interrupt.
+    Plain,
+    /// With an exit before the handler's first instruction: where QEMU emulates several CPUs.
+    WithExit,
+    /// As INT n, which QEMU does once, where the guest may do that: where it emulates one CPU. With several, guests ended early for it.
+    AsInt,
+}
+
+impl Injection {
+    fn choose() -> Self {
+        // The hypervisor's name, where there is one.
+        let [_, b, c, d] = cpu::cpuid(0x4000_0000, 0);
+        let qemu = [b, c, d].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"];
+        match cpu::cpuid(1, 0)[2] & leaf1_ecx::HYPERVISOR != 0 && qemu {
+            false => Self::Plain,
+            true if cpu::ids() > 1 => Self::WithExit,
+            true => Self::AsInt,
+        }
+    }
 }
 
 /// The usual permissions, and reading the CPU's counters. `None`: `free` has none of them.

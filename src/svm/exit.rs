@@ -99,8 +99,9 @@ fn exception(number: u8, code: u64, address: u64, irqs: &IrqsOff) -> Exit {
     }
 }
 
-/// What `exit_int_info` says was being delivered. `None` for what its instruction raises again: INT3 and INTO.
-pub(super) fn unfinished_event(info: u32, error_code: u32) -> Option<Event> {
+/// What `exit_int_info` says was being delivered; INT n with `interrupt_as_int` was an interrupt. `None` for what its instruction raises
+/// again: INT3 and INTO, and other INT n.
+pub(super) fn unfinished_event(info: u32, error_code: u32, interrupt_as_int: Option<u8>) -> Option<Event> {
     let number = info as u8;
     match info >> event::TYPE_SHIFT & 7 {
         event::TYPE_INTERRUPT => Some(Event::Interrupt(number)),
@@ -111,6 +112,7 @@ pub(super) fn unfinished_event(info: u32, error_code: u32) -> Option<Event> {
             error_code: (info & event::ERROR_CODE_VALID != 0).then_some(error_code),
             payload: None,
         })),
+        event::TYPE_SOFTWARE if interrupt_as_int == Some(number) => Some(Event::Interrupt(number)),
         // INT n: RIP still points at it.
         _ => None,
     }

@@ -5,7 +5,7 @@
 use kernel::{prelude::*, sync::Arc};
 
 use super::{
-    cpu::{counter_permissions, Asid, Svm},
+    cpu::{counter_permissions, Asid, Injection, Svm},
     exit, insn,
 };
 use crate::{
@@ -88,6 +88,8 @@ pub(crate) struct SvmVcpu {
     spec_ctrl: u64,
     /// MSR permissions of its own, where the guest reads the CPU's counters.
     counters: Option<PhysBox<Bytes<{ 2 * 4096 }>>>,
+    /// The interrupt that was last injected as INT n: see [`Injection`].
+    interrupt_as_int: Option<u8>,
 }
 
 impl Vendor for Svm {
@@ -108,6 +110,7 @@ impl Vendor for Svm {
             guest_efer: 0,
             spec_ctrl: 0,
             counters: counter_permissions(&self.msr_permissions, free)?,
+            interrupt_as_int: None,
         };
         let control = &mut vcpu.vmcb.control;
         control.intercept_cr = CR_WRITES;
@@ -437,13 +440,20 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn inject(&mut self, event: Event, irqs: &IrqsOff) {
-        if self.host.repeats_interrupts && matches!(event, Event::Interrupt(_)) {
-            // An exit before the handler's first instruction.
-            cpu::interrupt_self(irqs);
-        }
+        self.interrupt_as_int = None;
         let Vmcb { control, save } = &mut *self.vmcb;
         let (kind, vector) = match event {
-            Event::Interrupt(vector) => (event::TYPE_INTERRUPT, vector),
+            // The guest's programs have no right to INT n.
+            Event::Interrupt(vector) if self.host.injection == Injection::AsInt && save.cpl == 0 => {
+                self.interrupt_as_int = Some(vector);
+                (event::TYPE_SOFTWARE, vector)
+            }
+            Event::Interrupt(vector) => {
+                if self.host.injection != Injection::Plain {
+                    cpu::interrupt_self(irqs);
+                }
+                (event::TYPE_INTERRUPT, vector)
+            }
             Event::Nmi => (event::TYPE_NMI, vector::NMI),
             Event::Exception(exception) => {
                 match (exception.vector, exception.payload) {
@@ -474,7 +484,7 @@ impl VendorVcpu for SvmVcpu {
             return None;
         }
         self.vmcb.control.exit_int_info = 0;
-        exit::unfinished_event(info, self.vmcb.control.exit_int_info_error)
+        exit::unfinished_event(info, self.vmcb.control.exit_int_info_error, self.interrupt_as_int)
     }
 
     #[inline]
