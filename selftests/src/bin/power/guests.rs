@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 /// Rounds so far, where the guest keeps them; the rest follows.
 const ROUNDS: u64 = DATA;
+const TSC: u64 = DATA + 8;
 const TSC_WENT_BACK: u64 = DATA + 0x10;
 const CLOCK_NS: u64 = DATA + 0x18;
 const CLOCK_WENT_BACK: u64 = DATA + 0x20;
@@ -99,6 +100,7 @@ payload! { power_work, 64,
 /// A guest and the thread that runs it.
 pub struct Worker {
     guest: Guest,
+    tsc_khz: u64,
     thread: AtomicI32,
 }
 
@@ -108,8 +110,7 @@ static STOP: AtomicBool = AtomicBool::new(false);
 pub fn start() -> &'static [Worker] {
     // SAFETY: no arguments.
     let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }.max(1) as usize;
-    let make = |deadlines| Worker { guest: guest(deadlines), thread: AtomicI32::new(0) };
-    let workers: &[Worker] = (0..2 * cpus).map(|index| make(index % 2 == 1)).collect::<Vec<_>>().leak();
+    let workers: &[Worker] = (0..2 * cpus).map(|index| Worker::new(index % 2 == 1)).collect::<Vec<_>>().leak();
     for (index, worker) in workers.iter().enumerate() {
         std::thread::spawn(move || {
             pin(index / 2);
@@ -125,20 +126,6 @@ pub fn start() -> &'static [Worker] {
     assert!(all_run(workers, 20_000), "the guests do not run");
     println!("# guests on {cpus} CPUs");
     workers
-}
-
-fn guest(deadlines: bool) -> Guest {
-    let g = Guest::long_irqchip(power_work());
-    g.set_eoi(Eoi::Xapic);
-    if deadlines {
-        let mut cpuid = g.cpuid.clone();
-        let [eax, ebx, ecx, edx] = cpuid.find(1, 0).map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
-        cpuid.set(1, [eax, ebx, ecx | 1 << 24, edx]);
-        g.cpu.set_cpuid(&cpuid).expect("KVM_SET_CPUID2");
-        let khz = g.cpu.ioctl(KVM_GET_TSC_KHZ, 0).expect("KVM_GET_TSC_KHZ");
-        g.ram.write_u64(PERIOD, PERIOD_MS * khz as u64);
-    }
-    g
 }
 
 fn pin(cpu: usize) {
@@ -168,6 +155,25 @@ pub fn stop(workers: &[Worker]) {
 }
 
 impl Worker {
+    fn new(deadlines: bool) -> Self {
+        let guest = Guest::long_irqchip(power_work());
+        guest.set_eoi(Eoi::Xapic);
+        let tsc_khz = guest.cpu.ioctl(KVM_GET_TSC_KHZ, 0).expect("KVM_GET_TSC_KHZ") as u64;
+        if deadlines {
+            let mut cpuid = guest.cpuid.clone();
+            let [eax, ebx, ecx, edx] = cpuid.find(1, 0).map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+            cpuid.set(1, [eax, ebx, ecx | 1 << 24, edx]);
+            guest.cpu.set_cpuid(&cpuid).expect("KVM_SET_CPUID2");
+            guest.ram.write_u64(PERIOD, PERIOD_MS * tsc_khz);
+        }
+        Self { guest, tsc_khz, thread: AtomicI32::new(0) }
+    }
+
+    /// The guest's TSC when it looked last, in nanoseconds.
+    pub fn tsc_ns(&self) -> u64 {
+        (u128::from(self.guest.ram.read_u64(TSC)) * 1_000_000 / u128::from(self.tsc_khz)) as u64
+    }
+
     /// What the guest last read from the paravirtual clock.
     pub fn clock_ns(&self) -> u64 {
         self.guest.ram.read_u64(CLOCK_NS)

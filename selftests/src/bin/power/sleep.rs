@@ -11,12 +11,13 @@ use std::arch::asm;
 use std::fs::{read, read_to_string, write};
 use std::time::Duration;
 
-/// How far the guests' clock may be from the host's afterwards: a host whose TSC stops tells the time by its clock of full seconds.
+/// How far the guests' clocks may be from the host's afterwards: a host whose TSC stops tells the time by its clock of full seconds.
 const SLACK_NS: u64 = 1_500_000_000;
 
 /// Goes to sleep as /sys/power/state calls it: "freeze" or "mem". The guests go on afterwards, and their time does.
 pub fn sleep(state: &str, workers: &[Worker]) {
-    let clocks = || workers.iter().map(|worker| host_ns().wrapping_sub(worker.clock_ns())).collect::<Vec<_>>();
+    let behind = |guest_ns| host_ns().wrapping_sub(guest_ns);
+    let clocks = || workers.iter().map(|w| (behind(w.clock_ns()), behind(w.tsc_ns()))).collect::<Vec<_>>();
     let successes = || read_to_string("/sys/power/suspend_stats/success").expect("suspend_stats");
     let (before, slept) = (clocks(), successes());
     match state {
@@ -34,8 +35,11 @@ pub fn sleep(state: &str, workers: &[Worker]) {
     assert!(all_run(workers, 20_000), "the guests do not go on");
     for ((worker, before), after) in workers.iter().zip(before).zip(clocks()) {
         assert_eq!(worker.went_back(), (0, 0), "TSC and paravirtual clock went back");
-        let off = after.wrapping_sub(before) as i64;
+        let off = after.0.wrapping_sub(before.0) as i64;
         assert!(off.unsigned_abs() < SLACK_NS, "a guest's clock is {off} ns behind the host's");
+        // It may have stood still.
+        let off = before.1.wrapping_sub(after.1) as i64;
+        assert!(off < SLACK_NS as i64, "a guest's TSC is {off} ns ahead of the host's clock");
         assert!(worker.was_told(), "a guest does not know that it was stopped");
     }
     stop(workers);
