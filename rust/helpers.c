@@ -8,6 +8,7 @@
 #include <linux/reboot.h>
 #include <linux/sched/signal.h>
 #include <linux/spinlock.h>
+#include <linux/suspend.h>
 #include <linux/swap.h>
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
@@ -209,6 +210,13 @@ __poll_t krab_poll(struct file *file, struct poll_table_struct *table)
 int krab_add_wait_queue_priority_exclusive(struct wait_queue_head *queue, struct wait_queue_entry *entry)
 {
 	return add_wait_queue_priority_exclusive(queue, entry);
+}
+
+/* power.rs */
+
+bool krab_goes_to_sleep(unsigned long action)
+{
+	return action == PM_SUSPEND_PREPARE || action == PM_HIBERNATION_PREPARE;
 }
 
 /* timer.rs */

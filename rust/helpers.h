@@ -78,6 +78,9 @@ int krab_add_wait_queue_priority_exclusive(struct wait_queue_head *queue, struct
 /* power.rs */
 int register_reboot_notifier(struct notifier_block *block);
 int unregister_reboot_notifier(struct notifier_block *block);
+int register_pm_notifier(struct notifier_block *block);
+int unregister_pm_notifier(struct notifier_block *block);
+bool krab_goes_to_sleep(unsigned long action);
 
 /* timer.rs */
 struct krab_clocks {

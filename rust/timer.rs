@@ -102,6 +102,12 @@ pub fn real_ns() -> u64 {
     unsafe { bindings::ktime_get_with_offset(bindings::tk_offsets_TK_OFFS_REAL) as u64 }
 }
 
+/// CLOCK_BOOTTIME: goes on while the host sleeps.
+pub fn boot_ns() -> u64 {
+    // SAFETY: always allowed.
+    unsafe { bindings::ktime_get_with_offset(bindings::tk_offsets_TK_OFFS_BOOT) as u64 }
+}
+
 /// The time-stamp counter, read in program order.
 #[inline(always)]
 pub fn tsc() -> u64 {

@@ -2,6 +2,8 @@
 //! Paravirtual time of a guest: kvmclock, wall clock, steal time, and the VM's clock behind them.
 #![forbid(unsafe_code)]
 
+use core::ops::DerefMut;
+
 use kernel::{prelude::*, sync::Arc};
 
 use crate::{
@@ -13,7 +15,11 @@ use crate::{
         FromZeros,
     },
     arch::Gpa,
-    glue::{lock::IrqSpinLock, task, timer},
+    glue::{
+        lock::IrqSpinLock,
+        power::{self, Slept},
+        task, timer,
+    },
     guest_tsc::VcpuTsc,
     mmu::guest_mem::GuestMem,
     new_irq_spinlock,
@@ -41,16 +47,19 @@ struct Clock {
     /// Host TSC at which the clock showed `base_ns`.
     base_tsc: u64,
     base_ns: u64,
-    /// The last TSC that userspace gave a vCPU, when (in host TSC), the offset that came of it, and the TSC's frequency.
+    /// The last TSC that userspace gave a vCPU, when (in host TSC), the offset that came of it, and how that TSC runs.
     written: u64,
     written_at: u64,
     offset: u64,
+    ratio: Ratio,
     khz: u32,
     /// Userspace has given some vCPU a TSC.
     set_by_user: bool,
     /// The TSC from which the others go on, and when (in host TSC).
     began: u64,
     began_at: u64,
+    /// Sleep of the host that all of this takes account of.
+    slept: Slept,
 }
 
 impl Clock {
@@ -78,8 +87,24 @@ impl Clock {
             self.offset = GuestTsc::showing(value, now, ratio).offset;
             (self.began, self.began_at) = (value, now);
         }
-        (self.written, self.written_at, self.khz) = (value, now, tsc.khz());
+        (self.written, self.written_at, self.khz, self.ratio) = (value, now, tsc.khz(), ratio);
         self.offset
+    }
+
+    /// The host's TSC may have gone back. Guests' TSCs stand still in a sleep that does that, as on KVM, and the clock does not.
+    fn look_for_sleep(&mut self) {
+        if power::sleeps() == self.slept.times {
+            return;
+        }
+        let slept = power::slept();
+        let ticks = slept.ticks.wrapping_sub(self.slept.ticks);
+        let others = GuestTsc { ratio: self.ratio, offset: self.offset }.after_setback(ticks);
+        self.offset = others.offset;
+        for at in [&mut self.base_tsc, &mut self.written_at, &mut self.began_at] {
+            *at = at.wrapping_sub(ticks);
+        }
+        self.base_ns = self.base_ns.wrapping_add(slept.ns.wrapping_sub(self.slept.ns));
+        self.slept = slept;
     }
 }
 
@@ -97,28 +122,36 @@ impl VmClock {
             written: 0,
             written_at: tsc,
             offset: tsc.wrapping_neg(),
+            ratio: Ratio::ONE,
             khz: timer::tsc_khz(),
             set_by_user: false,
             began: 0,
             began_at: tsc,
+            slept: power::slept(),
         };
         pin_init!(Self { state <- new_irq_spinlock!(clock, "krab::clock") })
     }
 
+    fn now(&self) -> impl DerefMut<Target = Clock> + '_ {
+        let mut state = self.state.lock();
+        state.look_for_sleep();
+        state
+    }
+
     /// What the clock shows when the host's TSC is `tsc`.
     pub(crate) fn at(&self, tsc: u64) -> u64 {
-        self.state.lock().at(tsc)
+        self.now().at(tsc)
     }
 
     /// Makes the clock show `clock_ns` now.
     pub(crate) fn set(&self, clock_ns: u64) {
-        let mut state = self.state.lock();
+        let mut state = self.now();
         (state.base_tsc, state.base_ns) = (timer::tsc(), clock_ns);
     }
 
     /// The TSC offset of a new vCPU: that of the others, or the one with which a TSC of another frequency begins at 0.
     pub(crate) fn tsc_offset(&self, tsc: &VcpuTsc) -> u64 {
-        let mut others = self.state.lock();
+        let mut others = self.now();
         if others.khz == tsc.khz() {
             others.offset
         } else {
@@ -128,13 +161,13 @@ impl VmClock {
 
     /// What a TSC shows that has run from the beginning with `ratio`, as a new vCPU's and one that userspace has just set should.
     pub(crate) fn exact_tsc(&self, ratio: Ratio) -> GuestTsc {
-        let state = *self.state.lock();
+        let state = *self.now();
         GuestTsc::showing(state.began, state.began_at, ratio)
     }
 
     /// The TSC offset for a vCPU whose TSC userspace sets to `value`.
     pub(crate) fn write_tsc(&self, value: u64, tsc: &VcpuTsc) -> u64 {
-        let mut state = self.state.lock();
+        let mut state = self.now();
         let offset = state.synchronize(value, tsc);
         state.set_by_user = true;
         offset
@@ -142,14 +175,16 @@ impl VmClock {
 
     /// Userspace gives a vCPU's TSC this offset. Those that come later, or are set close to it, get the same.
     pub(crate) fn write_tsc_offset(&self, offset: u64, tsc: &VcpuTsc) {
-        let mut state = self.state.lock();
+        let mut state = self.now();
         let now = timer::tsc();
-        let value = GuestTsc { ratio: tsc.relation().ratio, offset }.at(now);
+        let ratio = tsc.relation().ratio;
+        let value = GuestTsc { ratio, offset }.at(now);
         if state.khz != tsc.khz() || state.offset != offset {
             state.offset = offset;
             (state.began, state.began_at) = (value, now);
         }
-        (state.written, state.written_at, state.khz, state.set_by_user) = (value, now, tsc.khz(), true);
+        (state.written, state.written_at, state.khz, state.ratio) = (value, now, tsc.khz(), ratio);
+        state.set_by_user = true;
     }
 }
 

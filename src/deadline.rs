@@ -96,6 +96,11 @@ impl<V: Vendor> State<V> {
         self.deadlines.due.is_some()
     }
 
+    /// The host's TSC is not the one that it was.
+    pub(crate) fn forget_due_deadline(&mut self) {
+        self.deadlines.due = None;
+    }
+
     /// An interrupt is about to go into the guest: not before the deadline that it is for, if it is for one.
     #[inline]
     pub(crate) fn await_deadline(&mut self) {

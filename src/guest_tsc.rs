@@ -9,7 +9,10 @@ use kernel::prelude::*;
 
 use crate::{
     clock::VmClock,
-    glue::timer,
+    glue::{
+        power::{self, Slept},
+        timer,
+    },
     policy::tsc::{rate_for, Format, GuestTsc, Rate, Ratio},
     vcpu::State,
     vendor::{Vendor, VendorVcpu},
@@ -23,12 +26,15 @@ pub(crate) struct VcpuTsc {
     khz: u32,
     /// What it should be, where the CPU cannot make it run so fast.
     wanted: Option<GuestTsc>,
+    /// Sleep of the host that it takes account of.
+    slept: Slept,
 }
 
 impl VcpuTsc {
     /// With a frequency that was asked for a whole VM (0: the host's), and that may be one that cannot be: then it is the host's after all.
     pub(crate) fn new(khz: u32, format: Option<Format>) -> Self {
-        let mut tsc = Self { now: GuestTsc { ratio: Ratio::ONE, offset: 0 }, khz: 0, wanted: None };
+        let mut tsc =
+            Self { now: GuestTsc { ratio: Ratio::ONE, offset: 0 }, khz: 0, wanted: None, slept: power::slept() };
         if tsc.set_khz(khz, format).is_err() {
             tsc.khz = khz;
         }
@@ -98,6 +104,14 @@ impl VcpuTsc {
         }
     }
 
+    /// Goes on from where it was when the host's went back.
+    fn catch_up_with(&mut self, slept: Slept) {
+        let ticks = slept.ticks.wrapping_sub(self.slept.ticks);
+        self.now = self.now.after_setback(ticks);
+        self.wanted = self.wanted.map(|wanted| wanted.after_setback(ticks));
+        self.slept = slept;
+    }
+
     /// For this TSC alone.
     fn set_offset(&mut self, offset: u64) {
         self.now.offset = offset;
@@ -161,6 +175,23 @@ impl<V: Vendor> State<V> {
             self.tsc.now.offset = self.tsc.now.offset.wrapping_add(behind);
             self.tsc_changed();
         }
+    }
+
+    /// The host may have slept since the last ioctl on this vCPU. To be called before anything else looks at its time.
+    #[inline]
+    pub(crate) fn look_for_sleep(&mut self) {
+        if power::sleeps() != self.tsc.slept.times {
+            self.host_slept();
+        }
+    }
+
+    #[cold]
+    fn host_slept(&mut self) {
+        self.tsc.catch_up_with(power::slept());
+        self.forget_due_deadline();
+        // Without a clock there is nobody to tell.
+        let _ = self.clock.guest_stopped();
+        self.tsc_changed();
     }
 
     fn tsc_changed(&mut self) {

@@ -83,6 +83,7 @@ impl<V: Vendor> Vcpu<V> {
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
         core.ran = true;
+        core.state.look_for_sleep();
         let _running = self.peer.run_here();
         core.state.update_steal_time(&self.vm);
         let _mask = core.signal_mask.map(signal::Masked::new);

@@ -54,6 +54,7 @@ impl<V: Vendor> Vcpu<V> {
         let at = Hva(arg as u64);
         let mut core = lock_killable(&self.core)?;
         let core = &mut *core;
+        core.state.look_for_sleep();
         let vm = &*self.vm;
         match cmd {
             KVM_GET_REGS => give(at, &KvmRegs::from(&core.state.regs)),

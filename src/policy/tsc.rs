@@ -151,6 +151,11 @@ impl GuestTsc {
         self.ratio.guest_ticks(host_tsc).wrapping_add(self.offset)
     }
 
+    /// The same after the host's TSC has gone back by `ticks`: what it shows does not.
+    pub const fn after_setback(self, ticks: u64) -> Self {
+        Self { offset: self.offset.wrapping_add(self.ratio.guest_ticks(ticks)), ..self }
+    }
+
     /// The host's TSC, `now` at this moment, when the guest's is `at`: not before, and at most one tick later. Saturates.
     #[inline]
     pub const fn host_tsc_at(self, at: u64, now: u64) -> u64 {
@@ -215,6 +220,20 @@ mod tests {
 
     fn svm(guest: u32, host: u32) -> Option<Ratio> {
         Ratio::from_khz(Format::SVM, guest, host)
+    }
+
+    #[test]
+    fn a_setback_of_the_host_is_none_of_the_guest() {
+        for ratio in [Ratio::ONE, ratio(1_000_000, 2_500_000), ratio(3_000_000, 2_500_000)] {
+            let before = GuestTsc::showing(77, 1_000_000_000, ratio);
+            let shown = before.at(9_000_000_000);
+            // To nothing, as after a reset, and by a little.
+            for lost in [9_000_000_000, 10, 0] {
+                let after = before.after_setback(lost);
+                let now = after.at(9_000_000_000 - lost);
+                assert!(now.abs_diff(shown) <= 1, "{now} {shown}");
+            }
+        }
     }
 
     #[test]

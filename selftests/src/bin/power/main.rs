@@ -1,31 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `power [--device PATH] ACTION`: guests run on every CPU while the host goes to sleep or down.
 //!
-//! - `freeze SECONDS`: suspend to idle, woken by the clock; the guests go on afterwards.
+//! - `freeze`, `mem`: suspend to idle or to RAM, and back; the guests and their time go on afterwards.
 //! - `reboot`: at once, as `reboot -f` does.
 //! - `kexec KERNEL INITRD COMMANDLINE`: another kernel takes over.
 //! - `crash KERNEL INITRD COMMANDLINE`: the kernel panics, and the crash kernel takes over (the host needs `crashkernel=`).
 //!
 //! A CPU that was left in VMX operation, or with SVM on, does not come through the last three: INIT is blocked or the other kernel faults. The
-//! exit code is 0 after `freeze`; the others do not come back.
+//! exit code is 0 after a sleep; the others do not come back.
 
-use krabtest::guest::*;
+mod guests;
+mod sleep;
+
 use krabtest::harness::{set_options, Options};
-use krabtest::{payload, sys};
+use krabtest::sys;
 use std::ffi::CString;
-use std::fs::{read_to_string, write, File};
+use std::fs::{write, File};
 use std::os::fd::AsRawFd;
-
-// Exits now and then, and memory that tells that it runs.
-payload! { power_work, 64,
-    "2: lock inc qword ptr [0x100000]",
-    "mov ecx, 1000",
-    "3: dec ecx",
-    "jnz 3b",
-    "xor eax, eax",
-    "cpuid",
-    "jmp 2b",
-}
 
 fn main() {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
@@ -36,28 +27,10 @@ fn main() {
     }
     set_options(Options { device, bed: "unknown".into(), times: false, apicv: false });
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    // SAFETY: no arguments.
-    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }.max(1) as usize;
-    let guests: &'static [Guest] = (0..cpus).map(|_| Guest::long(power_work())).collect::<Vec<_>>().leak();
-    for (cpu, guest) in guests.iter().enumerate() {
-        std::thread::spawn(move || {
-            pin(cpu);
-            loop {
-                match guest.cpu.run() {
-                    Err(sys::EINTR) => {}
-                    other => panic!("KVM_RUN: {other:?}"),
-                }
-            }
-        });
-    }
-    let all_run = |ms| guests.iter().all(|g| g.ram.wait_u64(DATA, g.ram.read_u64(DATA) + 3, ms));
-    assert!(all_run(20_000), "the guests do not run");
-    println!("# guests on {cpus} CPUs");
+    sys::arm_kick_signal();
+    let workers = guests::start();
     match words[..] {
-        ["freeze", seconds] => {
-            freeze(seconds);
-            assert!(all_run(20_000), "the guests do not go on");
-        }
+        [state @ ("freeze" | "mem")] => sleep::sleep(state, workers),
         ["reboot"] => restart(libc::LINUX_REBOOT_CMD_RESTART),
         ["kexec", kernel, initrd, line] => {
             load(kernel, initrd, line, 0);
@@ -70,29 +43,10 @@ fn main() {
             write("/proc/sysrq-trigger", "c").expect("sysrq");
         }
         _ => {
-            eprintln!("usage: power [--device PATH] freeze SECONDS | reboot | kexec|crash KERNEL INITRD COMMANDLINE");
+            eprintln!("usage: power [--device PATH] freeze|mem | reboot | kexec|crash KERNEL INITRD COMMANDLINE");
             std::process::exit(2);
         }
     }
-}
-
-fn pin(cpu: usize) {
-    // SAFETY: the set lives through the call.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set);
-    }
-}
-
-fn freeze(seconds: &str) {
-    const ALARM: &str = "/sys/class/rtc/rtc0/wakealarm";
-    let _ = write(ALARM, "0");
-    write(ALARM, format!("+{seconds}")).expect("an alarm to wake up by");
-    let before = read_to_string("/sys/power/suspend_stats/success").unwrap_or_default();
-    write("/sys/power/state", "freeze").expect("suspend to idle");
-    let after = read_to_string("/sys/power/suspend_stats/success").unwrap_or_default();
-    assert_ne!(before, after, "the host did not sleep");
 }
 
 fn load(kernel: &str, initrd: &str, line: &str, flags: u64) {
