@@ -20,10 +20,10 @@ use crate::{
         Event, Exception, SystemRegs,
     },
     irqchip::lapic::Lapic,
-    memory::View,
     mmu::{guest_mem::GuestMem, walk},
     vcpu::{Core, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    view::View,
     vm::Vm,
 };
 

@@ -25,11 +25,12 @@ use crate::{
         exit::{NestedFault, PortAccess, RegisterMove},
         Exit, Gpr,
     },
-    memory::{Fault, View},
+    memory::Fault,
     mmu::{guest_mem::GuestMem, walk},
     policy::{cpuid_table::Dynamic, msr::filter::Access},
     vcpu::{Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    view::View,
     vm::Vm,
 };
 

@@ -7,7 +7,7 @@ use kernel::{prelude::*, sync::Arc};
 use crate::{
     arch::{
         segment::{DescriptorTable, Segment},
-        Gpa, Hpa, Level,
+        Gfn, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs, Unintercepted},
@@ -157,9 +157,12 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_deadline(&mut self, _tsc: Option<u64>) {}
     /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].
     fn log_writes(&mut self, _on: bool) {}
-    /// Calls `written` with what was noted since the last call. After every `run`, before anybody sees the vCPU outside of guest mode.
+    /// What was noted since the last call, in the order of the writes; all of it counts as taken. After every `run`, before anybody sees
+    /// the vCPU outside of guest mode.
     #[inline]
-    fn take_written(&mut self, _irqs: &IrqsOff, _written: impl FnMut(Gpa)) {}
+    fn take_written(&mut self, _irqs: &IrqsOff) -> Option<impl Iterator<Item = Gfn>> {
+        None::<core::iter::Empty<Gfn>>
+    }
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

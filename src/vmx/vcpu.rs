@@ -21,7 +21,7 @@ use crate::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Gpa, Hpa, Level,
+        Gfn, Hpa, Level,
     },
     glue::{
         cpu::{IrqsOff, VcpuId},
@@ -537,9 +537,10 @@ impl VendorVcpu for VmxVcpu {
     }
 
     #[inline]
-    fn take_written(&mut self, irqs: &IrqsOff, written: impl FnMut(Gpa)) {
-        if self.logs_writes {
-            self.empty_pml(irqs, written);
+    fn take_written(&mut self, irqs: &IrqsOff) -> Option<impl Iterator<Item = Gfn>> {
+        match self.logs_writes {
+            true => self.empty_pml(irqs),
+            false => None,
         }
     }
 
