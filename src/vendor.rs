@@ -6,7 +6,7 @@ use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     arch::{
-        segment::{DescriptorTable, Segment},
+        segment::{DescriptorTable, Segment, SegmentAttributes},
         Gfn, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
@@ -87,6 +87,11 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Sets everything but `cr8`. Values were checked by the caller.
     fn set_system_regs(&mut self, regs: &SystemRegs);
     fn segment(&self, number: usize) -> Segment;
+    /// The attributes of a segment: cheaper than all of it.
+    #[inline]
+    fn attributes(&self, number: usize) -> SegmentAttributes {
+        self.segment(number).attributes
+    }
     fn set_segment(&mut self, number: usize, value: &Segment);
     fn tr(&self) -> Segment;
     fn gdtr(&self) -> DescriptorTable;
@@ -94,6 +99,11 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn idtr(&self) -> DescriptorTable;
     fn set_idtr(&mut self, value: DescriptorTable);
     fn cr0(&self) -> u64;
+    /// The bits `wanted` of CR0: cheaper than all of it.
+    #[inline]
+    fn cr0_bits(&self, wanted: u64) -> u64 {
+        self.cr0() & wanted
+    }
     fn set_cr0(&mut self, value: u64);
     fn cr2(&self) -> u64;
     fn set_cr2(&mut self, value: u64);
