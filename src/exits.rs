@@ -493,6 +493,7 @@ impl<V: Vendor> State<V> {
         self.expects_device = matches!(done, Ok(Fault::Mmio));
         match done {
             Ok(Fault::Mapped) => Handled::Resume,
+            Ok(Fault::Mmio) if self.device_fast(vm, fault) => Handled::Resume,
             Ok(Fault::Mmio) => Handled::Device,
             _ => Handled::Slow,
         }

@@ -563,7 +563,7 @@ impl Irq {
 
     /// A write to the I/O APIC or an ioeventfd. `false`: userspace has the address.
     pub(crate) fn mmio_write(&self, gpa: Gpa, len: u8, value: u64) -> bool {
-        if self.ioevent(false, gpa.0, len.into(), value) || self.coalesced.post(false, gpa.0, len.into(), value) {
+        if self.post(false, gpa.0, len.into(), value) {
             return true;
         }
         if !self.exists() {

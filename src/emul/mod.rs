@@ -39,6 +39,7 @@ mod alu;
 mod control;
 mod decode;
 mod descriptor;
+mod device;
 mod exec;
 mod gate;
 mod memory;
@@ -52,6 +53,7 @@ mod tests;
 mod vector;
 
 pub use decode::{decode, prefix, DecodeError, Instruction, Map, Mode, MAX_LENGTH};
+pub use device::{DeviceMove, Direction};
 pub use gate::Delivery;
 pub use opcodes::{Form, Op};
 pub use skip::{intercepted, skip_length, Intercepted};

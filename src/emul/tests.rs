@@ -2,6 +2,7 @@
 //! Tests of the emulator against a mock vCPU.
 #![forbid(unsafe_code)]
 
+mod devices;
 mod gates;
 mod mock;
 mod segments;
@@ -571,6 +572,11 @@ impl Random {
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    /// Below `n`.
+    fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 11) % n
     }
 }
 
