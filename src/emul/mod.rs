@@ -202,7 +202,7 @@ pub enum Step {
         gpa: Gpa,
         len: u8,
     },
-    /// The first `len` of `data`, 1 to 8 bytes.
+    /// The first `len` of `data`, 1 to 8 bytes; the others are zero.
     MmioWrite {
         gpa: Gpa,
         data: [u8; 8],
@@ -287,6 +287,7 @@ impl Io {
         let Some(fragment) = self.writes.get_mut(self.queued as usize) else { return };
         fragment.gpa = gpa;
         fragment.len = from.len() as u8;
+        fragment.data = [0; 8];
         for (to, from) in fragment.data.iter_mut().zip(from) {
             *to = *from;
         }

@@ -35,6 +35,16 @@ fn mov_to_device() {
 }
 
 #[test]
+fn writes_leave_nothing_behind() {
+    // mov [rax], rbx; mov [rax], bh
+    let mut cpu = Mock::code(Mode::Long64, &[0x48, 0x89, 0x18, 0x88, 0x38]);
+    (cpu.gpr[0], cpu.gpr[3]) = (DEVICE, u64::MAX);
+    let mut emulator = Emulator::new();
+    assert_eq!(emulator.step(&mut cpu, None), write(DEVICE, u64::MAX, 8));
+    assert_eq!(emulator.step(&mut cpu, None), write(DEVICE, 0xFF, 1), "what matches data looks at all of it");
+}
+
+#[test]
 fn mov_from_device_resumes() {
     // mov ebx, [rax + 4]
     let mut cpu = Mock::code(Mode::Long64, &[0x8B, 0x58, 0x04]);
