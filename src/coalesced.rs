@@ -80,6 +80,12 @@ impl Coalesced {
         zones.iter().any(|zone| zone.contains(&write)) && self.add(&write, value)
     }
 
+    /// Whether a zone has the byte at `address`.
+    pub(crate) fn covers(&self, pio: bool, address: u64) -> bool {
+        let byte = Zone { pio, address, size: 1 };
+        self.any.load(Acquire) && self.zones.read().iter().any(|zone| zone.contains(&byte))
+    }
+
     fn add(&self, write: &Zone, value: u64) -> bool {
         let _adding = self.adding.lock();
         // Userspace can write both: neither leads outside of the page.

@@ -7,11 +7,11 @@ use kernel::prelude::*;
 use crate::{
     abi::stats::VcpuStat,
     arch::{
-        cr::dr,
+        cr::{dr, rflags},
         segment::{DescriptorTable, Segment, SegmentName},
         Gpa, Gva,
     },
-    emul::{Access, Cpu, Delivery, Mode, NotRam, Shadow, Step, Switched, Table},
+    emul::{Access, Cpu, Delivery, DeviceMove, Direction, Mode, NotRam, Shadow, Step, Switched, Table},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{
@@ -20,10 +20,10 @@ use crate::{
         Event, Exception, SystemRegs,
     },
     irqchip::lapic::Lapic,
-    memory::View,
     mmu::{guest_mem::GuestMem, walk},
     vcpu::{Core, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    view::View,
     vm::Vm,
 };
 
@@ -348,7 +348,7 @@ impl<V: Vendor> Vcpu<V> {
                 }
             }
             Switched::Fault(exception) => {
-                state.regs.rflags |= crate::arch::cr::rflags::RF;
+                state.regs.rflags |= rflags::RF;
                 state.events.raise(exception);
             }
             Switched::Unsupported => return Some(ToUser::Emulation { bytes: [0; 15], len: 0 }),
@@ -360,7 +360,7 @@ impl<V: Vendor> Vcpu<V> {
     pub(crate) fn answer_read(&self, core: &mut Core<V>, data: u64) -> Result<Option<ToUser>> {
         let Core { state, fpu, emulator, .. } = core;
         emulator.complete_read(data);
-        let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
+        let traps = state.regs.rflags & rflags::TF != 0;
         if !traps && !state.debug.steps() {
             let (data, vm) = (&self.data, &*self.vm);
             let mut emulated =
@@ -378,7 +378,7 @@ impl<V: Vendor> Vcpu<V> {
         let vm = &*self.vm;
         loop {
             let Core { state, fpu, emulator, found, .. } = core;
-            let traps = state.regs.rflags & crate::arch::cr::rflags::TF != 0;
+            let traps = state.regs.rflags & rflags::TF != 0;
             let rip = state.regs.rip;
             let found = found.filter(|found| found.rip == rip);
             let untranslated = found.is_some_and(|found| found.unique);
@@ -445,7 +445,7 @@ impl<V: Vendor> Vcpu<V> {
                 }
                 Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
                 Step::Fault(exception) => {
-                    state.regs.rflags |= crate::arch::cr::rflags::RF;
+                    state.regs.rflags |= rflags::RF;
                     state.events.raise(exception);
                     true
                 }
@@ -518,6 +518,53 @@ impl<V: Vendor> State<V> {
         let lapic = self.lapic.as_ref()?;
         let offset = gpa.0.wrapping_sub(lapic.base_gpa().0);
         (lapic.mode() == crate::irqchip::lapic::Mode::XApic && offset < LAPIC_WINDOW).then_some(offset as u32)
+    }
+
+    /// An access to a device that is over at once, without process context: to the local APIC, or a write that an eventfd or a ring
+    /// takes. `false`: nothing was done.
+    #[inline(never)]
+    pub(crate) fn device_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> bool {
+        let own = self.lapic_offset(fault.gpa).is_some();
+        if !own && !(fault.write && vm.irq.may_post(fault.gpa)) {
+            return false;
+        }
+        let Some(code) = self.code_in_long_mode() else { return false };
+        if fault.walk || fault.execute || self.events.unfinished.is_some() || self.regs.rflags & rflags::AC != 0 {
+            return false;
+        }
+        let Some(found) = DeviceMove::of(code, &self.regs, fault.gpa.page_offset(), fault.write) else { return false };
+        if own {
+            self.take_back();
+        }
+        match found.direction {
+            Direction::Store(value) => {
+                let posted = || vm.irq.post(false, fault.gpa.0, found.size.into(), value);
+                if !(if own { self.device_write(vm, fault.gpa, found.size, value) } else { posted() }) {
+                    return false;
+                }
+                trace::mmio(true, fault.gpa.0, found.size.into(), value);
+            }
+            Direction::Load { .. } => {
+                let Some(value) = self.device_read(vm, fault.gpa, found.size) else { return false };
+                trace::mmio(false, fault.gpa.0, found.size.into(), 0);
+                found.answer(value, &mut self.regs);
+            }
+        }
+        if let Some(peer) = vm.peers.get(self.index) {
+            peer.stats.count(VcpuStat::InsnEmulation);
+        }
+        self.completed(self.regs.rip.wrapping_add(found.length.into()));
+        true
+    }
+
+    /// The bytes of the instruction that exited, if they are at hand and it is of 64-bit code.
+    fn code_in_long_mode(&self) -> Option<&[u8]> {
+        match (&self.code, self.hw.instruction_bytes()) {
+            // Only in 64-bit code they are looked for.
+            (Some(code), _) => Some(code),
+            (None, Some(code)) if self.mode() == Mode::Long64 => Some(code),
+            _ => None,
+        }
     }
 
     /// A read from a device in the kernel. `None`: userspace has it.

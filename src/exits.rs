@@ -25,11 +25,12 @@ use crate::{
         exit::{NestedFault, PortAccess, RegisterMove},
         Exit, Gpr,
     },
-    memory::{Fault, View},
+    memory::Fault,
     mmu::{guest_mem::GuestMem, walk},
     policy::{cpuid_table::Dynamic, msr::filter::Access},
     vcpu::{Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    view::View,
     vm::Vm,
 };
 
@@ -229,10 +230,10 @@ impl<V: Vendor> State<V> {
 
     /// How the guest reads code now.
     pub(crate) fn mode(&self) -> Mode {
-        let code = self.hw.segment(SegmentName::Cs as usize).attributes;
+        let code = self.hw.attributes(SegmentName::Cs as usize);
         if self.hw.efer() & efer::LMA != 0 && code.long() {
             Mode::Long64
-        } else if self.hw.cr0() & cr0::PE == 0 {
+        } else if self.hw.cr0_bits(cr0::PE) == 0 {
             Mode::Real
         } else if self.regs.rflags & rflags::VM != 0 {
             Mode::Vm86
@@ -246,7 +247,7 @@ impl<V: Vendor> State<V> {
     /// The guest's paging as the walker wants it. `pkru` only matters where the extended state is at hand.
     pub(crate) fn walk_context(&self, pkru: u32) -> walk::Context {
         walk::Context {
-            cr0: self.hw.cr0(),
+            cr0: self.hw.cr0_bits(walk::CR0_BITS),
             cr3: self.hw.cr3(),
             cr4: self.hw.cr4_bits(walk::CR4_BITS),
             efer: self.hw.efer(),
@@ -443,7 +444,7 @@ impl<V: Vendor> State<V> {
             }
         }
         if exception.vector == vector::AC
-            && !check::alignment_checked(self.hw.cpl(), self.hw.cr0(), self.regs.rflags)
+            && !check::alignment_checked(self.hw.cpl(), self.hw.cr0_bits(cr0::AM), self.regs.rflags)
             && !SPLIT_LOCK_TOLD.swap(true, Ordering::Relaxed)
         {
             pr_warn!(
@@ -492,6 +493,7 @@ impl<V: Vendor> State<V> {
         self.expects_device = matches!(done, Ok(Fault::Mmio));
         match done {
             Ok(Fault::Mapped) => Handled::Resume,
+            Ok(Fault::Mmio) if self.device_fast(vm, fault) => Handled::Resume,
             Ok(Fault::Mmio) => Handled::Device,
             _ => Handled::Slow,
         }
@@ -557,7 +559,7 @@ impl<V: Vendor> State<V> {
         }
         // Undefined bits in the low half are ignored.
         let value = value & cr0::DEFINED | cr0::ET;
-        let code = self.hw.segment(SegmentName::Cs as usize).attributes;
+        let code = self.hw.attributes(SegmentName::Cs as usize);
         if (old ^ value) & cr0::PG != 0 && efer_value & efer::LME != 0 {
             if value & cr0::PG != 0 {
                 if self.hw.cr4() & cr4::PAE == 0 || code.long() {

@@ -164,6 +164,9 @@ impl Controllers {
     pub(crate) fn set_gsi(&self, gsi: u32, source: LineSource, drive: Drive) -> i32 {
         let mut result = LineStatus::Ignored.kvm();
         let routes = self.routes.read();
+        // A line is at both controllers: one lock for the two.
+        let mut chips = None;
+        let mut rose = false;
         for route in routing::lookup(&routes.routes, &routes.starts, gsi) {
             let status = match route.target {
                 Target::Msi(_) if drive == Drive::Low => continue,
@@ -171,40 +174,36 @@ impl Controllers {
                     None => LineStatus::Ignored.kvm(),
                     Some(count) => count as i32,
                 },
-                Target::Pic(pin) => self.set_pic(pin, source, drive),
-                Target::Ioapic(pin) => self.set_ioapic(pin, source, drive),
+                Target::Pic(_) | Target::Ioapic(_) => {
+                    let chips = chips.get_or_insert_with(|| self.chips.lock());
+                    match (&mut chips.irqchip, route.target) {
+                        (Some(irqchip), Target::Pic(pin)) => set_pic(&mut irqchip.pic, pin, source, drive, &mut rose),
+                        (Some(irqchip), Target::Ioapic(pin)) => {
+                            self.set_ioapic(&mut irqchip.ioapic, pin, source, drive)
+                        }
+                        _ => LineStatus::Ignored.kvm(),
+                    }
+                }
             };
             if status >= 0 {
                 result = result.max(0).saturating_add(status);
             }
         }
-        result
-    }
-
-    fn set_pic(&self, pin: u8, source: LineSource, drive: Drive) -> i32 {
-        let mut chips = self.chips.lock();
-        let Some(irqchip) = &mut chips.irqchip else { return LineStatus::Ignored.kvm() };
-        let (status, rose) = irqchip.pic.set_line(pin, source, drive != Drive::Low);
-        if drive == Drive::Pulse {
-            let _ = irqchip.pic.set_line(pin, source, false);
-        }
         drop(chips);
         if rose {
             self.notify_pic();
         }
-        status.kvm()
+        result
     }
 
-    fn set_ioapic(&self, pin: u8, source: LineSource, drive: Drive) -> i32 {
-        let mut chips = self.chips.lock();
-        let Some(irqchip) = &mut chips.irqchip else { return LineStatus::Ignored.kvm() };
-        let work = irqchip.ioapic.set_line(pin, source, drive != Drive::Low);
+    fn set_ioapic(&self, ioapic: &mut Ioapic, pin: u8, source: LineSource, drive: Drive) -> i32 {
+        let work = ioapic.set_line(pin, source, drive != Drive::Low);
         let status = match work.message {
             None => work.status.kvm(),
-            Some(message) => self.send_pin(&mut irqchip.ioapic, pin, &message),
+            Some(message) => self.send_pin(ioapic, pin, &message),
         };
         if drive == Drive::Pulse {
-            let _ = irqchip.ioapic.set_line(pin, source, false);
+            let _ = ioapic.set_line(pin, source, false);
         }
         status
     }
@@ -329,6 +328,16 @@ impl Controllers {
         self.finish(&later);
         Some(vector)
     }
+}
+
+/// Drives a pin of the 8259A. `rose` is set where its output rises, which the CPUs must hear once the lock is free.
+fn set_pic(pic: &mut Pic, pin: u8, source: LineSource, drive: Drive, rose: &mut bool) -> i32 {
+    let (status, raised) = pic.set_line(pin, source, drive != Drive::Low);
+    if drive == Drive::Pulse {
+        let _ = pic.set_line(pin, source, false);
+    }
+    *rose |= raised;
+    status.kvm()
 }
 
 /// Tells the PIT what happened at the 8259A.
@@ -571,7 +580,7 @@ impl Irq {
 
     /// A write to the I/O APIC or an ioeventfd. `false`: userspace has the address.
     pub(crate) fn mmio_write(&self, gpa: Gpa, len: u8, value: u64) -> bool {
-        if self.ioevent(false, gpa.0, len.into(), value) || self.coalesced.post(false, gpa.0, len.into(), value) {
+        if self.post(false, gpa.0, len.into(), value) {
             return true;
         }
         if !self.exists() {

@@ -12,6 +12,7 @@ use crate::{
         KvmIoeventfd, KvmIrqfd, KVM_IOEVENTFD_FLAG_DATAMATCH, KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IOEVENTFD_FLAG_PIO,
         KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE,
     },
+    arch::Gpa,
     glue::eventfd::{EventFd, Irqfd, IrqfdTarget},
     irq::{Controllers, Drive, Irq},
     irqchip::{
@@ -77,6 +78,19 @@ impl Irq {
                 && event.data_match.is_none_or(|wanted| wanted == value)
         });
         hit.map(|event| event.eventfd.signal()).is_some()
+    }
+
+    /// Whether an eventfd or the ring of coalesced writes may take a write to memory at `gpa`.
+    pub(crate) fn may_post(&self, gpa: Gpa) -> bool {
+        let wanted = |event: &Ioevent| !event.pio && event.address == gpa.0;
+        self.any_ioevents.load(Acquire) && self.ioevents.read().iter().any(wanted)
+            || self.coalesced.covers(false, gpa.0)
+    }
+
+    /// Gives a write to its eventfd, or puts it into the ring of coalesced writes. Whether there was one with room.
+    #[inline]
+    pub(crate) fn post(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
+        self.ioevent(pio, address, len, value) || self.coalesced.post(pio, address, len, value)
     }
 
     /// KVM_IRQFD.

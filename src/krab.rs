@@ -50,6 +50,7 @@ mod to_user;
 mod vcpu;
 mod vcpu_ioctl;
 mod vendor;
+mod view;
 mod vm;
 mod vmx;
 

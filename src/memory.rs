@@ -20,7 +20,7 @@ use crate::{
         guest_mem::{AddressSpace, HostPages, Invalidate, Want},
         phys::{Bytes, PhysBox},
         signal,
-        srcu::{SrcuCell, SrcuGuard},
+        srcu::SrcuCell,
         tables::{TablePages, TableStock},
         task, user,
     },
@@ -28,7 +28,6 @@ use crate::{
     irqchip::lapic::regs::BASE_DEFAULT,
     mmu::{
         dirty,
-        guest_mem::{GuestMem, Refused},
         nested::{Catch, MapError, NestedTable, TABLES_PER_MAP},
         slots::{self, flags, Change, SlotError},
         Format, MemoryType, Prot,
@@ -36,6 +35,7 @@ use crate::{
     slot_table::{DirtyLog, Known, Numbers, Slot, Slots},
     vcpu::Peers,
     vendor::Vendor,
+    view::{mark_dirty, View},
 };
 
 /// First frame that no slot may reach: four levels of nested tables.
@@ -626,11 +626,17 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
         Ok(())
     }
 
+    /// The guest wrote to these pages, in this order. Works with interrupts off.
+    #[inline]
+    pub(crate) fn written(&self, pages: impl Iterator<Item = Gfn>) {
+        self.view(false).written(pages);
+    }
+
     /// Guest memory by guest physical address, as it is until the view is dropped. With `may_sleep` off it works with
     /// interrupts off.
     #[inline]
     pub(crate) fn view(&self, may_sleep: bool) -> View<'_> {
-        View { slots: self.space.slots.read(), peers: &self.space.peers, may_sleep }
+        View::new(self.space.slots.read(), &self.space.peers, may_sleep)
     }
 }
 
@@ -640,145 +646,4 @@ fn logged<'a>(slots: &'a Slots, numbers: &Numbers, number: u32) -> Result<(&'a S
     let slot = numbers.find(slots, id).ok_or(ENOENT)?;
     let words = slot.attachment.as_ref().ok_or(ENOENT)?;
     Ok((slot, words))
-}
-
-fn mark_dirty(peers: &Peers, slot: &Slot, gfn: Gfn) {
-    if let (Some(words), Some(index)) = (&slot.attachment, slot.index(gfn)) {
-        if let Some(log) = dirty::DirtyBitmap::new(words, slot.pages) {
-            log.mark(index);
-        }
-    } else if let (true, Some(index)) = (slot.logs_dirty(), slot.index(gfn)) {
-        peers.push_dirty(slot.id.into(), index);
-    }
-}
-
-/// Guest memory as the walker and the emulator see it.
-pub(crate) struct View<'a> {
-    slots: SrcuGuard<'a, Slots>,
-    peers: &'a Peers,
-    may_sleep: bool,
-}
-
-impl View<'_> {
-    /// Where `gpa` is in the address space, if the access is allowed.
-    #[inline]
-    fn place(&self, gpa: Gpa, write: bool) -> Result<(&Slot, Hva), Refused> {
-        let slot = self.slots.find(gpa.gfn()).ok_or(Refused::NotRam)?;
-        if write && !slot.writable() {
-            return Err(Refused::ReadOnly);
-        }
-        let page = slot.hva_of(gpa.gfn()).ok_or(Refused::NotRam)?;
-        Ok((slot, page.wrapping_add(gpa.page_offset())))
-    }
-
-    /// The guest wrote to the page of `gpa`.
-    pub(crate) fn written(&self, gpa: Gpa) {
-        if let Some(slot) = self.slots.find(gpa.gfn()) {
-            mark_dirty(self.peers, slot, gpa.gfn());
-        }
-    }
-
-    /// What a failed access to the host's memory means.
-    fn refused(&self) -> Refused {
-        if self.may_sleep {
-            Refused::NotRam
-        } else {
-            Refused::NotNow
-        }
-    }
-
-    /// Atomically where the bytes are naturally aligned.
-    pub(crate) fn compare_exchange_bytes(&self, gpa: Gpa, old: &[u8], new: &[u8]) -> Result<bool, Refused> {
-        let word = |bytes: &[u8]| {
-            let mut word = [0; 8];
-            word.iter_mut().zip(bytes).for_each(|(into, byte)| *into = *byte);
-            u64::from_le_bytes(word)
-        };
-        let len = old.len();
-        if matches!(len, 1 | 2 | 4 | 8) && gpa.page_offset() % 64 + len as u64 <= 64 {
-            return self.compare_exchange(gpa, len as u32, word(old), word(new));
-        }
-        let mut now = [0; 16];
-        let now = now.get_mut(..len).ok_or(Refused::NotRam)?;
-        self.read(gpa, now)?;
-        if now != old {
-            return Ok(false);
-        }
-        self.write(gpa, new).map(|()| true)
-    }
-
-    fn compare_exchange(&self, gpa: Gpa, size_bytes: u32, old: u64, new: u64) -> Result<bool, Refused> {
-        let (slot, hva) = self.place(gpa, true)?;
-        let exchange = || user::compare_exchange(hva, size_bytes, old, new);
-        let found = if self.may_sleep { exchange() } else { user::with_faults_off(exchange) };
-        let done = found.map_err(|_| self.refused())?.is_none();
-        if done {
-            mark_dirty(self.peers, slot, gpa.gfn());
-        }
-        Ok(done)
-    }
-
-    /// Calls `f` for each part of the range that lies in one page.
-    fn pages(
-        mut gpa: Gpa,
-        mut len: usize,
-        mut f: impl FnMut(Gpa, usize, usize) -> Result<(), Refused>,
-    ) -> Result<(), Refused> {
-        let mut done = 0;
-        while len > 0 {
-            let part = len.min((4096 - gpa.page_offset()) as usize);
-            f(gpa, done, part)?;
-            gpa = gpa.checked_add(part as u64).ok_or(Refused::NotRam)?;
-            done = done.wrapping_add(part);
-            len -= part;
-        }
-        Ok(())
-    }
-}
-
-impl GuestMem for View<'_> {
-    #[inline]
-    fn read_u64(&self, gpa: Gpa) -> Result<u64, Refused> {
-        let (_, hva) = self.place(gpa, false)?;
-        match user::read_u64_nofault(hva) {
-            Ok(value) => Ok(value),
-            Err(_) if self.may_sleep => user::read(hva).map_err(|_| Refused::NotRam),
-            Err(_) => Err(Refused::NotNow),
-        }
-    }
-
-    fn read_u32(&self, gpa: Gpa) -> Result<u32, Refused> {
-        let mut bytes = [0; 4];
-        self.read(gpa, &mut bytes)?;
-        Ok(u32::from_le_bytes(bytes))
-    }
-
-    fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Result<bool, Refused> {
-        self.compare_exchange(gpa, 8, old, new)
-    }
-
-    fn compare_exchange_u32(&self, gpa: Gpa, old: u32, new: u32) -> Result<bool, Refused> {
-        self.compare_exchange(gpa, 4, old.into(), new.into())
-    }
-
-    fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Refused> {
-        Self::pages(gpa, bytes.len(), |gpa, done, part| {
-            let (_, hva) = self.place(gpa, false)?;
-            let into = bytes.get_mut(done..done.wrapping_add(part)).ok_or(Refused::NotRam)?;
-            let read = if self.may_sleep { user::read_bytes(hva, into) } else { user::read_bytes_nofault(hva, into) };
-            read.map_err(|_| self.refused())
-        })
-    }
-
-    fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Refused> {
-        Self::pages(gpa, bytes.len(), |gpa, done, part| {
-            let (slot, hva) = self.place(gpa, true)?;
-            let from = bytes.get(done..done.wrapping_add(part)).ok_or(Refused::NotRam)?;
-            let written =
-                if self.may_sleep { user::write_bytes(hva, from) } else { user::write_bytes_nofault(hva, from) };
-            written.map_err(|_| self.refused())?;
-            mark_dirty(self.peers, slot, gpa.gfn());
-            Ok(())
-        })
-    }
 }

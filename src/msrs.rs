@@ -60,7 +60,7 @@ impl<V: Vendor> State<V> {
             caps: &self.caps,
             by,
             efer: self.hw.efer(),
-            paging: self.hw.cr0() & cr0::PG != 0,
+            paging: self.hw.cr0_bits(cr0::PG) != 0,
             pv_features: self.pv_features,
             platform_info: vm.enabled.platform_info(),
         };

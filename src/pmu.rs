@@ -206,7 +206,7 @@ impl<V: Vendor> State<V> {
 
     /// RDPMC in process context.
     pub(crate) fn handle_rdpmc(&mut self, vm: &Vm<V>) -> Result<(), NotNow> {
-        let allowed = self.hw.cpl() == 0 || self.hw.cr4_bits(cr4::PCE) != 0 || self.hw.cr0() & cr0::PE == 0;
+        let allowed = self.hw.cpl() == 0 || self.hw.cr4_bits(cr4::PCE) != 0 || self.hw.cr0_bits(cr0::PE) == 0;
         let ecx = self.gpr(Gpr::Rcx) as u32;
         let value = self.pmu.as_ref().and_then(|pmu| Some(pmu.value(pmu.model.rdpmc(ecx).ok()?)));
         match value.filter(|_| allowed) {

@@ -471,8 +471,9 @@ impl<V: Vendor> State<V> {
     /// Puts the pages that hardware noted as written into the dirty log.
     #[inline]
     fn take_written(&mut self, vm: &Vm<V>, irqs: &IrqsOff) {
-        let mut view = None;
-        self.hw.take_written(irqs, |gpa| view.get_or_insert_with(|| vm.memory.view(false)).written(gpa));
+        if let Some(pages) = self.hw.take_written(irqs) {
+            vm.memory.written(pages);
+        }
     }
 
     /// Takes the bytes of the instruction that exited, if they will be wanted and the CPU does not tell its length.

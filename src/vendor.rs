@@ -6,8 +6,8 @@ use kernel::{prelude::*, sync::Arc};
 
 use crate::{
     arch::{
-        segment::{DescriptorTable, Segment},
-        Gpa, Hpa, Level,
+        segment::{DescriptorTable, Segment, SegmentAttributes},
+        Gfn, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs, Unintercepted},
@@ -87,6 +87,11 @@ pub(crate) trait VendorVcpu: Send + 'static {
     /// Sets everything but `cr8`. Values were checked by the caller.
     fn set_system_regs(&mut self, regs: &SystemRegs);
     fn segment(&self, number: usize) -> Segment;
+    /// The attributes of a segment: cheaper than all of it.
+    #[inline]
+    fn attributes(&self, number: usize) -> SegmentAttributes {
+        self.segment(number).attributes
+    }
     fn set_segment(&mut self, number: usize, value: &Segment);
     fn tr(&self) -> Segment;
     fn gdtr(&self) -> DescriptorTable;
@@ -94,6 +99,11 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn idtr(&self) -> DescriptorTable;
     fn set_idtr(&mut self, value: DescriptorTable);
     fn cr0(&self) -> u64;
+    /// The bits `wanted` of CR0: cheaper than all of it.
+    #[inline]
+    fn cr0_bits(&self, wanted: u64) -> u64 {
+        self.cr0() & wanted
+    }
     fn set_cr0(&mut self, value: u64);
     fn cr2(&self) -> u64;
     fn set_cr2(&mut self, value: u64);
@@ -157,9 +167,12 @@ pub(crate) trait VendorVcpu: Send + 'static {
     fn set_deadline(&mut self, _tsc: Option<u64>) {}
     /// Begins or ends noting pages that the guest writes, if hardware can: see [`Vendor::write_log_entries`].
     fn log_writes(&mut self, _on: bool) {}
-    /// Calls `written` with what was noted since the last call. After every `run`, before anybody sees the vCPU outside of guest mode.
+    /// What was noted since the last call, in the order of the writes; all of it counts as taken. After every `run`, before anybody sees
+    /// the vCPU outside of guest mode.
     #[inline]
-    fn take_written(&mut self, _irqs: &IrqsOff, _written: impl FnMut(Gpa)) {}
+    fn take_written(&mut self, _irqs: &IrqsOff) -> Option<impl Iterator<Item = Gfn>> {
+        None::<core::iter::Empty<Gfn>>
+    }
     /// CR8, as the guest may have changed it.
     fn tpr(&self) -> u8;
     fn set_tpr(&mut self, cr8: u8);

@@ -39,6 +39,7 @@ mod alu;
 mod control;
 mod decode;
 mod descriptor;
+mod device;
 mod exec;
 mod gate;
 mod memory;
@@ -52,6 +53,7 @@ mod tests;
 mod vector;
 
 pub use decode::{decode, prefix, DecodeError, Instruction, Map, Mode, MAX_LENGTH};
+pub use device::{DeviceMove, Direction};
 pub use gate::Delivery;
 pub use opcodes::{Form, Op};
 pub use skip::{intercepted, skip_length, Intercepted};
@@ -201,7 +203,7 @@ pub enum Step {
         gpa: Gpa,
         len: u8,
     },
-    /// The first `len` of `data`, 1 to 8 bytes.
+    /// The first `len` of `data`, 1 to 8 bytes; the others are zero.
     MmioWrite {
         gpa: Gpa,
         data: [u8; 8],
@@ -286,6 +288,7 @@ impl Io {
         let Some(fragment) = self.writes.get_mut(self.queued as usize) else { return };
         fragment.gpa = gpa;
         fragment.len = from.len() as u8;
+        fragment.data = [0; 8];
         for (to, from) in fragment.data.iter_mut().zip(from) {
             *to = *from;
         }

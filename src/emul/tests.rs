@@ -2,6 +2,7 @@
 //! Tests of the emulator against a mock vCPU.
 #![forbid(unsafe_code)]
 
+mod devices;
 mod gates;
 mod mock;
 mod segments;
@@ -31,6 +32,16 @@ fn mov_to_device() {
     assert_eq!(cpu.rip, CODE + 2);
     // One walk for the code, one for the data.
     assert_eq!(cpu.translations, 2);
+}
+
+#[test]
+fn writes_leave_nothing_behind() {
+    // mov [rax], rbx; mov [rax], bh
+    let mut cpu = Mock::code(Mode::Long64, &[0x48, 0x89, 0x18, 0x88, 0x38]);
+    (cpu.gpr[0], cpu.gpr[3]) = (DEVICE, u64::MAX);
+    let mut emulator = Emulator::new();
+    assert_eq!(emulator.step(&mut cpu, None), write(DEVICE, u64::MAX, 8));
+    assert_eq!(emulator.step(&mut cpu, None), write(DEVICE, 0xFF, 1), "what matches data looks at all of it");
 }
 
 #[test]
@@ -571,6 +582,11 @@ impl Random {
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    /// Below `n`.
+    fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 11) % n
     }
 }
 

@@ -127,8 +127,12 @@ impl Pic {
         };
         *lines = source.apply(*lines, level);
         let high = *lines != 0;
-        let status = self.chips[(pin >> 3) as usize & 1].set_line(pin & 7, high);
-        (status, self.update())
+        let chip = &mut self.chips[(pin >> 3) as usize & 1];
+        let before = chip.irr;
+        let status = chip.set_line(pin & 7, high);
+        // Without another request the output is what it was: most edges go down, or come again.
+        let rose = chip.irr != before && self.update();
+        (status, rose)
     }
 
     /// Works out the output again. True: it rose.

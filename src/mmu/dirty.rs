@@ -9,6 +9,8 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use crate::arch::Gfn;
+
 /// Pages per word of the bitmap.
 pub const PAGES_PER_WORD: u64 = 64;
 
@@ -17,11 +19,75 @@ pub const fn words_for(pages: u64) -> u64 {
     pages.div_ceil(PAGES_PER_WORD)
 }
 
+/// Sets `bits`. Returns whether one of them was clear.
+#[inline]
+fn set(word: &AtomicU64, bits: u64) -> bool {
+    // The plain load spares pages that are written again and again the locked operation.
+    word.load(Ordering::Relaxed) & bits != bits && word.fetch_or(bits, Ordering::AcqRel) & bits != bits
+}
+
+/// Notes that each of `pages` was written, where `place` says; `push` puts it into a ring. As [`DirtyBitmap::mark`] for one after the
+/// other, but pages in a row that share a word of a bitmap are marked together, when the row ends: a locked operation for up to 64. All
+/// are marked on return.
+#[inline]
+pub fn mark_each<'a>(
+    pages: impl Iterator<Item = Gfn>,
+    place: impl Fn(Gfn) -> Place<'a>,
+    mut push: impl FnMut(u32, u64),
+) {
+    // The pages from `first` on whose bits are gathered for `word`; without one they are dropped.
+    let (mut first, mut count, mut word, mut bits) = (0, 0, None, 0u64);
+    for gfn in pages {
+        let mut nth = gfn.0.wrapping_sub(first);
+        if nth >= count {
+            if let Some(word) = word.take() {
+                set(word, bits);
+            }
+            bits = 0;
+            match place(gfn) {
+                Place::Bitmap { base, log } => {
+                    let index = gfn.0.wrapping_sub(base.0);
+                    let skipped = index & !(PAGES_PER_WORD - 1);
+                    first = base.0.wrapping_add(skipped);
+                    // None where the bitmap does not reach.
+                    count = log.pages.saturating_sub(skipped).min(PAGES_PER_WORD);
+                    word = log.words.get((index / PAGES_PER_WORD) as usize);
+                }
+                Place::Ring { slot, page } => {
+                    push(slot, page);
+                    // The next page, even if it is this one, asks again.
+                    count = 0;
+                }
+                Place::Nowhere { first: from, count: pages } => (first, count) = (from.0, pages),
+            }
+            nth = gfn.0.wrapping_sub(first);
+            if nth >= count {
+                continue;
+            }
+        }
+        bits |= 1 << (nth % PAGES_PER_WORD);
+    }
+    if let Some(word) = word {
+        set(word, bits);
+    }
+}
+
 /// A dirty bitmap in the caller's storage. Bits past the last page stay clear.
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyBitmap<'a> {
     words: &'a [AtomicU64],
     pages: u64,
+}
+
+/// Where it is noted that a page was written.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// In the bitmap of the slot that begins at `base`.
+    Bitmap { base: Gfn, log: DirtyBitmap<'a> },
+    /// In a dirty ring: the slot's number, and the page's in it.
+    Ring { slot: u32, page: u64 },
+    /// Nobody wants to know, of none of the `count` pages from `first` on.
+    Nowhere { first: Gfn, count: u64 },
 }
 
 /// EINVAL: a range that KVM_CLEAR_DIRTY_LOG does not take.
@@ -54,9 +120,7 @@ impl<'a> DirtyBitmap<'a> {
             return false;
         }
         let Some(word) = self.words.get((index / PAGES_PER_WORD) as usize) else { return false };
-        let bit = 1 << (index % PAGES_PER_WORD);
-        // The plain load spares a page that is written again and again the locked operation.
-        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::AcqRel) & bit == 0
+        set(word, 1 << (index % PAGES_PER_WORD))
     }
 
     /// Marks every page, as KVM_DIRTY_LOG_INITIALLY_SET wants it for a new log.
@@ -125,6 +189,7 @@ impl<'a> DirtyBitmap<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mmu::nested_tests::Random;
     use std::vec::Vec;
 
     fn zeroed(words: usize) -> Vec<AtomicU64> {
@@ -153,6 +218,119 @@ mod tests {
         log.take(3, &mut out, |_, _| panic!("nothing is there"));
         log.take(u64::MAX, &mut out, |_, _| panic!("nothing is there"));
         assert_eq!(out, [0; 4]);
+    }
+
+    /// A slot for [`mark_each`]; no words: a slot without a log, or with rings.
+    struct Slot {
+        base: Gfn,
+        pages: u64,
+        words: Vec<AtomicU64>,
+        ring: bool,
+    }
+
+    /// Slots of all kinds, some side by side, with holes and ragged ends; the last one ends with the address space, and the one before
+    /// it has less storage than pages.
+    fn slots() -> Vec<Slot> {
+        let slot = |base: u64, pages: u64, words: usize, ring: bool| Slot {
+            base: Gfn(base),
+            pages,
+            words: zeroed(words),
+            ring,
+        };
+        std::vec![
+            slot(0, 3, 1, false),
+            slot(3, 130, 3, false),
+            slot(133, 40, 0, false),
+            slot(173, 64, 1, false),
+            slot(237, 30, 0, true),
+            slot(300, 65, 3, false),
+            slot(400, 100, 0, false),
+            slot(500, 1, 1, false),
+            slot(600, 128, 1, false),
+            slot(u64::MAX - 69, 70, 2, false),
+        ]
+    }
+
+    fn place_in(slots: &[Slot], gfn: Gfn) -> Place<'_> {
+        let Some((n, slot)) = slots.iter().enumerate().find(|(_, slot)| gfn.0.wrapping_sub(slot.base.0) < slot.pages)
+        else {
+            return Place::Nowhere { first: gfn, count: 1 };
+        };
+        let nowhere = Place::Nowhere { first: slot.base, count: slot.pages };
+        if slot.ring {
+            return Place::Ring { slot: n as u32, page: gfn.0 - slot.base.0 };
+        }
+        DirtyBitmap::new(&slot.words, slot.pages).map_or(nowhere, |log| Place::Bitmap { base: slot.base, log })
+    }
+
+    /// Marks `pages` together and one by one, and compares everything.
+    fn compare(pages: &[Gfn], before: &[Gfn]) {
+        let (together, single) = (slots(), slots());
+        let (mut ring, mut wanted_ring) = (Vec::new(), Vec::new());
+        mark_each(before.iter().copied(), |gfn| place_in(&together, gfn), |_, _| {});
+        mark_each(pages.iter().copied(), |gfn| place_in(&together, gfn), |slot, page| ring.push((slot, page)));
+        for (gfn, wanted) in before.iter().map(|gfn| (gfn, false)).chain(pages.iter().map(|gfn| (gfn, true))) {
+            match place_in(&single, *gfn) {
+                Place::Bitmap { base, log } => {
+                    log.mark(gfn.0 - base.0);
+                }
+                Place::Ring { slot, page } if wanted => wanted_ring.push((slot, page)),
+                _ => {}
+            }
+        }
+        for (n, (a, b)) in together.iter().zip(&single).enumerate() {
+            assert_eq!(contents(&a.words), contents(&b.words), "slot {n}: {pages:?}");
+        }
+        assert_eq!(ring, wanted_ring, "{pages:?}");
+    }
+
+    #[test]
+    fn marks_together_as_one_by_one() {
+        let up: Vec<_> = (0..800).chain(u64::MAX - 80..=u64::MAX).map(Gfn).collect();
+        let down: Vec<_> = up.iter().rev().copied().collect();
+        for pages in [&up, &down, &Vec::new()] {
+            compare(pages, &[]);
+            compare(pages, &up);
+        }
+        let mut random = Random(11);
+        let mut draw = |len: u64| -> Vec<Gfn> {
+            let mut at = 0u64;
+            let mut one = || {
+                // Now a neighbour, now the same page, now anywhere.
+                at = match random.below(8) {
+                    0 => random.below(800),
+                    1 => u64::MAX - random.below(80),
+                    2 => at,
+                    3 => at.wrapping_sub(1),
+                    4 => at.wrapping_add(64),
+                    _ => at.wrapping_add(1),
+                };
+                Gfn(at)
+            };
+            (0..len).map(|_| one()).collect()
+        };
+        for _ in 0..2000 {
+            let (before, pages) = (draw(20), draw(512));
+            for len in [1, 2, 3, 17, 512] {
+                compare(&pages[..len], &before);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_pages_asks_once() {
+        let slots = slots();
+        let asked = core::cell::Cell::new(0);
+        let place = |gfn| {
+            asked.set(asked.get() + 1);
+            place_in(&slots, gfn)
+        };
+        mark_each((3..133).map(Gfn), place, |_, _| {});
+        assert_eq!(asked.replace(0), 3, "once a word");
+        mark_each((133..173).map(Gfn), place, |_, _| {});
+        assert_eq!(asked.replace(0), 1, "once a slot without a log");
+        mark_each([Gfn(237); 3].into_iter(), place, |_, _| {});
+        assert_eq!(asked.replace(0), 3, "a ring gets every write");
     }
 
     #[test]

@@ -15,12 +15,16 @@ use crate::arch::paging::{entry, fault, ADDRESS, INDEX_BITS};
 use crate::arch::{Gpa, Gva};
 use crate::guest::Exception;
 
+/// The bits of CR0 that decide how an address is translated.
+pub const CR0_BITS: u64 = cr0::PG | cr0::WP;
+
 /// The bits of CR4 that decide how an address is translated.
 pub const CR4_BITS: u64 = cr4::PSE | cr4::PAE | cr4::LA57 | cr4::SMEP | cr4::SMAP | cr4::PKE;
 
 /// The registers and features that decide how an address is translated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Context {
+    /// Only [`CR0_BITS`] count.
     pub cr0: u64,
     pub cr3: u64,
     /// Only [`CR4_BITS`] count.

@@ -198,7 +198,7 @@ impl VmxVcpu {
         let next = rip.wrapping_add(length.into());
         if (rip ^ next) >> 32 != 0
             && !(self.state.efer & efer::LMA != 0
-                && self.state.segment(&self.machine, SegmentName::Cs as usize).attributes.long())
+                && self.state.attributes(&self.machine, SegmentName::Cs as usize).long())
         {
             next & 0xFFFF_FFFF
         } else {

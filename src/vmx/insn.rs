@@ -21,7 +21,7 @@ use crate::{
             error::InstructionError,
             HostNatural, ReadOnly32, Readable, Writable,
         },
-        Gpa, Hpa,
+        Gfn, Gpa, Hpa,
     },
     glue::{
         cpu::{self, IrqsOff},
@@ -214,9 +214,11 @@ pub(super) struct WriteLog([AtomicU64; 512]);
 unsafe impl Zeroable for WriteLog {}
 
 impl WriteLog {
-    /// The addresses from entry number `first` to the end.
-    pub(super) fn from(&self, first: u16) -> impl Iterator<Item = Gpa> + '_ {
-        self.0.iter().skip(first.into()).map(|entry| Gpa(entry.load(Ordering::Relaxed) & !0xFFF))
+    /// The pages from the last entry back to entry number `last`: in the order of the writes.
+    #[inline]
+    pub(super) fn back_to(&self, last: u16) -> impl Iterator<Item = Gfn> + '_ {
+        let entries = self.0.get(last.into()..).unwrap_or(&[]);
+        entries.iter().rev().map(|entry| Gpa(entry.load(Ordering::Relaxed)).gfn())
     }
 }
 

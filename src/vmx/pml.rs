@@ -14,7 +14,7 @@ use super::{
 use crate::{
     arch::{
         vmcs::{control::secondary, Control64, Guest16},
-        Gpa,
+        Gfn,
     },
     glue::cpu::IrqsOff,
 };
@@ -52,17 +52,16 @@ impl VmxVcpu {
         }
     }
 
-    /// Empties the log into `written`.
-    pub(super) fn empty_pml(&mut self, irqs: &IrqsOff, mut written: impl FnMut(Gpa)) {
-        let (Some(log), Some(vmcs)) = (&self.write_log, self.machine.vmcs.current(irqs)) else { return };
+    /// Empties the log: what was in it, in the order of the writes.
+    #[inline]
+    pub(super) fn empty_pml(&mut self, irqs: &IrqsOff) -> Option<impl Iterator<Item = Gfn> + '_> {
+        let (log, vmcs) = (self.write_log.as_ref()?, self.machine.vmcs.current(irqs)?);
         let index = vmcs.read(Guest16::PmlIndex);
         if index == EMPTY {
-            return;
-        }
-        // Behind the first entry the index goes on to 0xFFFF.
-        for gpa in log.from(index.wrapping_add(1)) {
-            written(gpa);
+            return None;
         }
         vmcs.write(Guest16::PmlIndex, EMPTY);
+        // Behind the first entry the index goes on to 0xFFFF.
+        Some(log.back_to(index.wrapping_add(1)))
     }
 }

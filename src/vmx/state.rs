@@ -17,7 +17,7 @@ use super::{
 use crate::{
     arch::{
         cr::{cr0, cr4, efer, rflags},
-        segment::{DescriptorTable, Segment, SegmentName},
+        segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName},
         vmcs::{
             control::{activity, entry},
             AccessRights, Control32, ControlNatural, Guest32, Guest64, GuestNatural, SegmentFields,
@@ -68,11 +68,16 @@ pub(super) mod group {
     /// The bits of CR0 and CR4 that the guest changes itself.
     pub(in super::super) const CR0_BITS: u32 = 1 << 12;
     pub(in super::super) const CR4_BITS: u32 = 1 << 13;
+    /// The attributes of segment `number`, of which the rest may be unknown.
+    pub(in super::super) const fn attributes(number: usize) -> u32 {
+        1 << 24 << (number & 7)
+    }
     /// What the guest changes without an exit.
     pub(in super::super) const VOLATILE: u32 = SEGMENTS | GDTR | IDTR | CR3 | INTERRUPTIBILITY | CR0_BITS | CR4_BITS;
-    /// Of these, what nearly every instruction of 64-bit code needs that is emulated: CS and SS, but no segment of its data.
+    /// Of these, what nearly every instruction of 64-bit code needs that is emulated: what CS and SS say about the mode. No segment of its
+    /// data, and not CR0 and CR4 as vector instructions want them, which few are that devices see.
     pub(in super::super) const LONG_CODE: u32 =
-        1 << SegmentName::Cs as u32 | 1 << SegmentName::Ss as u32 | VOLATILE & !(SEGMENTS | GDTR | IDTR);
+        attributes(SegmentName::Cs as usize) | attributes(SegmentName::Ss as usize) | CR3 | INTERRUPTIBILITY;
     pub(in super::super) const CR0: u32 = 1 << 16;
     pub(in super::super) const CR4: u32 = 1 << 17;
     pub(in super::super) const EFER: u32 = 1 << 18;
@@ -235,6 +240,8 @@ impl GuestState {
         for (number, segment) in self.segments.iter().enumerate() {
             if missing & 1 << number != 0 {
                 segment.set(read_segment(&machine.vmcs, number));
+            } else if missing & group::attributes(number) != 0 && self.valid.get() & 1 << number == 0 {
+                segment.set(Segment { attributes: read_attributes(&machine.vmcs, number), ..segment.get() });
             }
         }
         if missing & group::GDTR != 0 {
@@ -266,6 +273,17 @@ impl GuestState {
         } else {
             read_segment(&machine.vmcs, number)
         }
+    }
+
+    #[inline]
+    pub(super) fn attributes(&self, machine: &Machine, number: usize) -> SegmentAttributes {
+        let number = number & 7;
+        let segment = &self.segments[number];
+        if !self.has(machine, 1 << number | group::attributes(number)) {
+            segment.set(Segment { attributes: read_attributes(&machine.vmcs, number), ..segment.get() });
+            self.valid.set(self.valid.get() | group::attributes(number));
+        }
+        segment.get().attributes
     }
 
     pub(super) fn set_segment(&mut self, number: usize, value: Segment) {
@@ -350,6 +368,12 @@ impl GuestState {
         self.cr0.get()
     }
 
+    /// The bits `wanted` of CR0.
+    #[inline]
+    pub(super) fn cr0_bits(&self, machine: &Machine, wanted: u64) -> u64 {
+        wanted & if wanted & CR0_OWNED == 0 { self.cr0.get() } else { self.cr0(machine) }
+    }
+
     pub(super) fn set_cr0(&mut self, value: u64) {
         self.cr0.set(value);
         self.changed(group::CR0 | group::CR0_BITS);
@@ -391,7 +415,10 @@ impl GuestState {
         if self.has(machine, group::CR3) {
             self.cr3.get()
         } else {
-            machine.vmcs.peek(GuestNatural::Cr3)
+            let value = machine.vmcs.peek(GuestNatural::Cr3);
+            self.cr3.set(value);
+            self.valid.set(self.valid.get() | group::CR3);
+            value
         }
     }
 
@@ -403,11 +430,7 @@ impl GuestState {
     /// The privilege level is that of the stack segment's descriptor, even when it is null.
     #[inline]
     pub(super) fn cpl(&self, machine: &Machine) -> u8 {
-        if self.has(machine, 1 << SS) {
-            self.segments[SS].get().attributes.dpl()
-        } else {
-            AccessRights(machine.vmcs.peek(Guest32::SsAccessRights)).dpl()
-        }
+        self.attributes(machine, SS).dpl()
     }
 
     #[inline]
@@ -499,7 +522,7 @@ impl GuestState {
     #[inline(never)]
     pub(super) fn write_dirty(&mut self, machine: &Machine, vmcs: CurrentVmcs<'_>, rflags: u64) {
         let config = &machine.host.config;
-        let stack = self.segment(machine, SS).attributes;
+        let stack = self.attributes(machine, SS);
         let context = Context::of(self.cr0.get(), self.efer, rflags, stack, machine.host.linear_bits);
         let dirty = core::mem::take(&mut self.dirty);
         for (number, (segment, fields)) in self.segments.iter().zip(&SEGMENTS).enumerate() {
@@ -590,8 +613,12 @@ fn read_segment(vmcs: &Vmcs, number: usize) -> Segment {
         base: vmcs.peek(fields.base),
         limit: vmcs.peek(fields.limit),
         selector: vmcs.peek(fields.selector),
-        attributes: AccessRights(vmcs.peek(fields.access_rights)).attributes(),
+        attributes: read_attributes(vmcs, number),
     }
+}
+
+fn read_attributes(vmcs: &Vmcs, number: usize) -> SegmentAttributes {
+    AccessRights(vmcs.peek(SEGMENTS[number & 7].access_rights)).attributes()
 }
 
 fn read_gdtr(vmcs: &Vmcs) -> DescriptorTable {

@@ -16,12 +16,12 @@ use super::{
 use crate::{
     arch::{
         cr::{cr0, dr, efer},
-        segment::{DescriptorTable, Segment},
+        segment::{DescriptorTable, Segment, SegmentAttributes},
         vmcs::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Gpa, Hpa, Level,
+        Gfn, Hpa, Level,
     },
     glue::{
         cpu::{IrqsOff, VcpuId},
@@ -279,6 +279,11 @@ impl VendorVcpu for VmxVcpu {
         self.state.segment(&self.machine, number)
     }
 
+    #[inline]
+    fn attributes(&self, number: usize) -> SegmentAttributes {
+        self.state.attributes(&self.machine, number)
+    }
+
     fn set_segment(&mut self, number: usize, value: &Segment) {
         self.state.set_segment(number, *value);
     }
@@ -306,6 +311,11 @@ impl VendorVcpu for VmxVcpu {
     #[inline]
     fn cr0(&self) -> u64 {
         self.state.cr0(&self.machine)
+    }
+
+    #[inline]
+    fn cr0_bits(&self, wanted: u64) -> u64 {
+        self.state.cr0_bits(&self.machine, wanted)
     }
 
     fn set_cr0(&mut self, value: u64) {
@@ -537,9 +547,10 @@ impl VendorVcpu for VmxVcpu {
     }
 
     #[inline]
-    fn take_written(&mut self, irqs: &IrqsOff, written: impl FnMut(Gpa)) {
-        if self.logs_writes {
-            self.empty_pml(irqs, written);
+    fn take_written(&mut self, irqs: &IrqsOff) -> Option<impl Iterator<Item = Gfn>> {
+        match self.logs_writes {
+            true => self.empty_pml(irqs),
+            false => None,
         }
     }
 

@@ -21,6 +21,7 @@ tests! { "client";
     pit_ticks_at_a_routed_pin;
     coalesced_writes;
     coalesced_ring_full;
+    moves_of_all_forms;
     coalesced_errors;
     dirty_log_cleared_by_hand;
     dirty_log_clear_errors;
@@ -264,6 +265,100 @@ fn coalesced_ring_full() {
         ring.set(0, first);
         ring.set(4, last);
         assert!(matches!(g.event(), Event::Exit(Exit::Mmio { write: true, .. })));
+    }
+}
+
+payload! { client_forms, 64,
+    "mov rbx, 0xd0000000",
+    "mov rdi, 0xfee00030",
+    "mov rax, 0x1122334455667788",
+    "mov rdx, 0x99aabbccddeeff00",
+    "mov r15d, 0xcafe",
+    "mov esi, 1",
+    "2: mov [rbx], eax",
+    "mov [rbx + 8], al",
+    "mov [rbx + 0x10], ah",
+    "mov [rbx + 0x18], dx",
+    "mov [rbx + 0x20], rax",
+    "mov dword ptr [rbx + 8 * rsi + 0x20], 0x12345678",
+    "mov byte ptr [rbx + 0x30], 0x5a",
+    "mov qword ptr [rbx + 0x38], -2",
+    "mov [rbx + 0x40], sil",
+    "mov r14, rsp",
+    "mov esp, 0x7654",
+    "mov [rbx + 0x48], esp",
+    "mov rsp, rbx",
+    "mov [rsp + 0x50], r15w",
+    "mov rsp, r14",
+    "mov word ptr [rbx + 0x58], 0xbeef",
+    "mov [ebx + 0x60], eax",
+    "mov ecx, 2",
+    "mov r12, rdi",
+    "lea rdi, [rbx + 0x68]",
+    "rep stosd",
+    "mov rdi, r12",
+    "movnti [rbx + 0x78], eax",
+    // The local APIC's version, which does not change.
+    "mov r8, -1",
+    "mov r8d, [rdi]",
+    "mov [0x100000], r8",
+    "mov r8, -1",
+    "mov r8b, [rdi]",
+    "mov [0x100008], r8",
+    "mov r8, -1",
+    "mov r8w, [rdi]",
+    "mov [0x100010], r8",
+    "mov r8, -1",
+    "movzx r8d, byte ptr [rdi]",
+    "mov [0x100018], r8",
+    "mov r8, -1",
+    "movzx r8, word ptr [rdi]",
+    "mov [0x100020], r8",
+    "mov r8, -1",
+    "movsx r8, byte ptr [rdi]",
+    "mov [0x100028], r8",
+    "mov rcx, -1",
+    "mov ch, [rdi]",
+    "mov [0x100030], rcx",
+    "out 0xed, al",
+    "jmp 2b",
+}
+
+/// The same instructions again and again, at devices that need no userspace: one way or another the hypervisor does each of them right.
+fn moves_of_all_forms() {
+    let g = Guest::long_irqchip(client_forms());
+    let ring = Ring::of(&g);
+    assert_ok!(zone(&g.vm, KVM_REGISTER_COALESCED_MMIO, MMIO, 4096, 0));
+    let low = 0x5566_7788;
+    let wanted = [
+        (0, 4, low),
+        (8, 1, 0x88),
+        (0x10, 1, 0x77),
+        (0x18, 2, 0xff00),
+        (0x20, 8, low),
+        (0x28, 4, 0x1234_5678),
+        (0x30, 1, 0x5a),
+        (0x38, 8, 0xffff_fffe),
+        (0x40, 1, 1),
+        (0x48, 4, 0x7654),
+        (0x50, 2, 0xcafe),
+        (0x58, 2, 0xbeef),
+        (0x60, 4, low),
+        (0x68, 4, low),
+        (0x6c, 4, low),
+        (0x78, 4, low),
+    ]
+    .map(|(offset, len, data)| (MMIO + offset, len, 0, data));
+    for round in 0..4 {
+        g.expect_done();
+        assert_eq!(ring.take(), wanted, "round {round}");
+        let read = |n: u64| g.ram.read_u64(DATA + 8 * n);
+        let version = read(0);
+        assert!((0x10..0x20).contains(&(version & 0xFF)), "version {version:x}");
+        assert_eq!(version >> 32, 0, "the upper half of a 32-bit register");
+        let (byte, word) = (version & 0xFF, version & 0xFFFF);
+        let kept = [u64::MAX << 8 | byte, u64::MAX << 16 | word, byte, word, byte, u64::MAX & !0xFF00 | byte << 8];
+        assert_eq!([1, 2, 3, 4, 5, 6].map(read), kept, "round {round}");
     }
 }
 

@@ -180,7 +180,7 @@ fn ring_of(cpu: &Vcpu, bytes: usize) -> Ram {
     Ram { gpa: 0, hva: at.cast(), len: bytes }
 }
 
-/// A ring takes what hardware noted while the guest ran on: it is full in time, and never overflows.
+/// A ring takes what hardware noted while the guest ran on, in the order of the writes: it is full in time, and never overflows.
 fn rings_have_room_for_all() {
     const ENTRIES: usize = 1024;
     let g = Guest::long_with(log_sweep(), |vm| {
@@ -206,7 +206,7 @@ fn rings_have_room_for_all() {
         let mut regs = g.cpu.regs();
         (regs.rsi, regs.rdi, regs.rcx) = (BASE, 4096, pages as u64);
         g.cpu.set_regs(&regs);
-        let mut full = 0;
+        let (mut full, mut last) = (0, 0);
         loop {
             let event = g.event();
             // The vCPU is outside of guest mode: everything that it wrote is in the ring.
@@ -216,7 +216,9 @@ fn rings_have_room_for_all() {
                     break;
                 }
                 if ring.read_u32(at + 4) == 1 {
-                    seen[ring.read_u64(at + 8) as usize] = true;
+                    let page = ring.read_u64(at + 8);
+                    assert!(page >= last, "round {round}: page {page} comes after {last}, and was written before it");
+                    (seen[page as usize], last) = (true, page);
                 }
                 ring.write_u32(at, RESET);
                 next += 1;

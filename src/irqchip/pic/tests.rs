@@ -312,3 +312,47 @@ fn random_actions() {
         }
     }
 }
+
+/// What the output does is worked out when something changes, so that a line that asks for nothing new need not look.
+#[test]
+fn output_is_settled_after_every_step() {
+    let mut random = Random(41);
+    let mut pic = ready();
+    let (mut rose, mut lines) = (0, 0);
+    for step in 0..200_000 {
+        let settled = pic.clone();
+        assert!(!pic.update(), "step {step}");
+        assert_eq!(pic, settled, "step {step}");
+        match random.below(8) {
+            0..=4 => {
+                let (pin, high) = (random.below(16) as u8, random.flip());
+                let mut looked = pic.clone();
+                let was = looked.output;
+                let wanted = looked.set_line(pin, User, high).0;
+                let output = looked.update() || looked.output;
+                let got = pic.set_line(pin, User, high);
+                assert_eq!((got.0, got.1, pic.output), (wanted, output && !was, output), "step {step}");
+                rose += u32::from(got.1);
+                lines += 1;
+            }
+            5 => drop(pic.acknowledge()),
+            6 => drop(pic.write(
+                [0x20, 0xA0][random.below(2) as usize],
+                1,
+                [0x20, 0x60, 0x0C, 0x68][random.below(4) as usize],
+            )),
+            _ => match random.below(6) {
+                0 => drop(pic.write([0x4D0, 0x4D1][random.below(2) as usize], 1, random.below(256) as u32)),
+                1 => drop(pic.write([0x21, 0xA1][random.below(2) as usize], 1, random.below(256) as u32)),
+                2 => pic = if random.flip() { with_icw4(0x03) } else { ready() },
+                3 => {
+                    let chip = random.below(2) as usize;
+                    let state = pic.save(chip);
+                    let _ = pic.restore(chip, &state);
+                }
+                _ => drop(pic.read([0x20, 0xA0][random.below(2) as usize], 1)),
+            },
+        }
+    }
+    assert!(rose > 100 && lines > 100_000, "{rose} of {lines}");
+}
