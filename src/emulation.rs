@@ -11,7 +11,7 @@ use crate::{
         segment::{DescriptorTable, Segment, SegmentName},
         Gpa, Gva,
     },
-    emul::{Access, Cpu, Delivery, Mode, NotRam, Shadow, Step, Switched, Table},
+    emul::{Access, Cpu, Delivery, Mode, NotRam, Shadow, Step, Switched, Table, X87Words},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{
@@ -262,6 +262,14 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
 
     fn set_vector(&mut self, register: usize, value: &[u8; 32], vex: bool) {
         self.fpu.set_vector(register, value, vex);
+    }
+
+    fn x87_words(&self) -> X87Words {
+        self.fpu.x87_words()
+    }
+
+    fn initialize_x87(&mut self) {
+        self.fpu.initialize_x87();
     }
 
     fn read_port_data(&mut self, offset: usize, to: &mut [u8]) {

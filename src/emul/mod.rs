@@ -30,7 +30,7 @@
 //! - A change of the vCPU's state from outside in the middle of an instruction: call [`Emulator::reset`].
 //!
 //! # Not supported ([`Step::Unsupported`])
-//! x87, MMX, SSE and AVX other than moves, BMI, far transfers to another privilege level, ENTER with nesting, virtual-8086
+//! x87 other than what looks for the unit, MMX, SSE and AVX other than moves, BMI, far transfers to another privilege level, ENTER with nesting, virtual-8086
 //! extensions (VME, PVI), BCD instructions, and instructions that always are an exit of their own (CPUID, HLT, RDMSR and so on):
 //! for those there is [`skip_length`].
 #![forbid(unsafe_code)]
@@ -50,6 +50,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod x87;
 
 pub use decode::{decode, prefix, DecodeError, Instruction, Map, Mode, MAX_LENGTH};
 pub use gate::Delivery;
@@ -114,6 +115,18 @@ pub enum Table {
     Idt,
 }
 
+/// Control and status word of the x87 unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct X87Words {
+    pub control: u16,
+    pub status: u16,
+}
+
+impl X87Words {
+    /// After FNINIT.
+    pub const INITIAL: Self = Self { control: 0x37F, status: 0 };
+}
+
 /// What the emulator needs of a vCPU.
 pub trait Cpu {
     /// General-purpose register 0 to 15, all 64 bits. The emulator merges narrower writes.
@@ -167,6 +180,10 @@ pub trait Cpu {
     fn vector(&mut self, register: usize) -> [u8; 32];
     /// Writes the low 16 bytes and keeps the rest, or with `vex` writes 32 and clears everything above.
     fn set_vector(&mut self, register: usize, value: &[u8; 32], vex: bool);
+
+    fn x87_words(&self) -> X87Words;
+    /// FNINIT: no data register holds anything, and the words are [`X87Words::INITIAL`].
+    fn initialize_x87(&mut self);
 
     /// Data of the port access being completed, `offset` bytes in.
     fn read_port_data(&mut self, offset: usize, to: &mut [u8]);

@@ -6,6 +6,7 @@ mod gates;
 mod mock;
 mod segments;
 mod tasks;
+mod x87;
 
 use super::*;
 use crate::arch::cr::{cr0, cr4, rflags};
