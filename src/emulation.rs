@@ -329,9 +329,21 @@ impl<V: Vendor> Vcpu<V> {
 
     /// Takes the guest to another task, which the CPU does not do.
     pub(crate) fn switch_task(&self, core: &mut Core<V>, switch: TaskSwitch) -> Option<ToUser> {
-        let Core { state, fpu, emulator, .. } = core;
+        let state = &core.state;
         let event = state.events.unfinished.filter(|_| switch.source == TaskSource::Gate);
         let resume_at = state.hw.next_rip().filter(|_| event.is_none()).unwrap_or(state.regs.rip);
+        self.switch_task_for(core, switch, event, resume_at)
+    }
+
+    /// The same for `event`, or an instruction. The old task goes on at `resume_at`.
+    fn switch_task_for(
+        &self,
+        core: &mut Core<V>,
+        switch: TaskSwitch,
+        event: Option<Event>,
+        resume_at: u64,
+    ) -> Option<ToUser> {
+        let Core { state, fpu, emulator, .. } = core;
         let (data, vm) = (&self.data, &*self.vm);
         let mut emulated = Emulated { state, fpu, data, vm, view: None, found: None, untranslated: false, lost: false };
         let switched = match emulator.switch_task(&mut emulated, switch, event, resume_at) {
@@ -452,6 +464,9 @@ impl<V: Vendor> Vcpu<V> {
                     true
                 }
                 Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
+                Step::TaskSwitch { switch, resume_at } => {
+                    return Ok(self.switch_task_for(core, switch, None, resume_at))
+                }
                 Step::Fault(exception) => {
                     state.regs.rflags |= crate::arch::cr::rflags::RF;
                     state.events.raise(exception);

@@ -9,6 +9,7 @@
 //! - [`Step::MmioWrite`]: the instruction is over, write the device; call `step` again only if [`Emulator::is_busy`].
 //! - [`Step::PortIn`]: put the data where [`Cpu::read_port_data`] finds it, call [`Emulator::complete_port_in`], then `step`.
 //! - [`Step::PortOut`]: the data is where [`Cpu::write_port_data`] put it; the instruction is over, or a REP has more to do.
+//! - [`Step::TaskSwitch`]: nothing has changed yet, call [`Emulator::switch_task`].
 //! - [`Step::Fault`]: inject. The registers are as before the instruction (or the iteration of a REP).
 //! - [`Step::Unsupported`]: nothing changed; report an internal error.
 //!
@@ -62,6 +63,7 @@ use crate::arch::cr::{cr0, efer, rflags};
 use crate::arch::segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName};
 use crate::arch::{Gpa, Gva};
 use crate::guest::event::vector as exception;
+use crate::guest::exit::TaskSwitch;
 use crate::guest::Exception;
 use exec::Exec;
 use memory::Decoded;
@@ -233,6 +235,11 @@ pub enum Step {
         port: u16,
         size: u8,
         count: u16,
+    },
+    /// The instruction, or the event, leads to another task, where [`Emulator::switch_task`] goes. The old one is to go on at `resume_at`.
+    TaskSwitch {
+        switch: TaskSwitch,
+        resume_at: u64,
     },
     Fault(Exception),
     Unsupported,

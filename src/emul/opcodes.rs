@@ -163,6 +163,8 @@ pub enum Op {
     Sidt,
     Lgdt,
     Lidt,
+    Sldt,
+    Str,
     Lldt,
     Ltr,
     Invlpg,
@@ -607,7 +609,16 @@ static GROUPS: [[Entry; 8]; 12] = [
         UNDEFINED,
     ],
     // SLDT, STR, LLDT, LTR, VERR, VERW.
-    [UNSUPPORTED, UNSUPPORTED, same(Op::Lldt, 0), same(Op::Ltr, 0), UNSUPPORTED, UNSUPPORTED, UNDEFINED, UNDEFINED],
+    [
+        same(Op::Sldt, PROTECTED),
+        same(Op::Str, PROTECTED),
+        same(Op::Lldt, 0),
+        same(Op::Ltr, 0),
+        UNSUPPORTED,
+        UNSUPPORTED,
+        UNDEFINED,
+        UNDEFINED,
+    ],
     // The register forms of 0 to 3, 5 and 7 are other instructions: the decoder turns them into `Unsupported`.
     [
         same(Op::Sgdt, 0),

@@ -620,6 +620,9 @@ fn random_bytes_never_panic() {
                 Step::MmioWrite { .. } | Step::PortOut { .. } => exits += 1,
                 Step::Done => done += 1,
                 Step::Fault(_) => faults += 1,
+                Step::TaskSwitch { switch, resume_at } => {
+                    emulator.switch_task(cpu, switch, None, resume_at);
+                }
                 Step::Unsupported => {}
             }
             turns += 1;

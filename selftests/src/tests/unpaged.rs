@@ -30,11 +30,12 @@ const SMEP: u64 = 1 << 20;
 const SMAP: u64 = 1 << 21;
 
 /// Whether the host runs guests without paging with a page table of its own.
-fn restricted() -> bool {
+pub(super) fn restricted() -> bool {
     !options().unrestricted
 }
 
-fn slot_at_table(vm: &Vm) {
+/// With it Krab's emulator has a guest that is neither the CPU's as it is nor with a table.
+pub(super) fn slot_at_table(vm: &Vm) {
     assert_ok!(vm.map(7, 0, Ram::new(TABLE, 0x1000)));
 }
 
