@@ -63,6 +63,12 @@ impl<V: Vendor> State<V> {
         }
     }
 
+    /// Whether the CPU has what is in service.
+    #[inline]
+    pub(crate) fn cpu_delivers(&self) -> bool {
+        V::Vcpu::DELIVERS && self.delivery.has_them
+    }
+
     /// The software's APIC is to have everything.
     #[inline]
     pub(crate) fn take_back(&mut self) {

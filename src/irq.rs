@@ -60,7 +60,7 @@ struct Chips {
     pit: Option<KBox<Pit>>,
     /// Pins that [`PIT_GSI`] goes to.
     pit_pins: Pins,
-    /// What the vCPUs know of [`Chips::eoi_listeners`].
+    /// [`Chips::eoi_listeners`] when a change was last announced.
     eoi_listeners: Bits256,
 }
 
@@ -450,6 +450,14 @@ impl Irq {
         match self.controllers.has(mode::SPLIT) {
             true => self.controllers.routes.read().user_levels,
             false => self.controllers.chips.lock().eoi_listeners(),
+        }
+    }
+
+    /// Whether somebody is to know when a local APIC ends `vector`.
+    pub(crate) fn hears_end_of(&self, vector: u8) -> bool {
+        match self.controllers.has(mode::SPLIT) {
+            true => self.controllers.routes.read().user_levels.test(vector),
+            false => self.controllers.chips.lock().eoi_listeners.test(vector),
         }
     }
 

@@ -40,6 +40,7 @@ mod irq_eventfd;
 mod memory;
 mod msrs;
 mod pmu;
+mod pv_eoi;
 mod run;
 mod slot_table;
 mod software;

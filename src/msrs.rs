@@ -174,7 +174,7 @@ impl<V: Vendor> State<V> {
             Effect::SystemTime(at) => self.clock.set_system_time(at),
             Effect::WallClock(at) => self.clock.request_wall_clock(at),
             Effect::StealTime(at) => self.clock.set_steal_time(at),
-            Effect::PvEoi(_) => {}
+            Effect::PvEoi(word) => self.pv_eoi.set_word(word),
             Effect::PredCmd(value) => cpu::write_pred_cmd(value),
             Effect::FlushCmd(value) => cpu::write_flush_cmd(value),
         }

@@ -41,6 +41,7 @@ use crate::{
     mmu::guest_mem::GuestMem,
     vcpu::{request, Core, MpState, Pending, State, Vcpu},
     vendor::{Vendor, VendorVcpu},
+    vm::Vm,
 };
 
 /// A vCPU whose hardware state is loaded; the drop unloads it, before interrupts are on.
@@ -338,6 +339,9 @@ impl<V: Vendor> Vcpu<V> {
             drop(guest_time);
             if let Some(slow) = ended {
                 core.state.take_back();
+                if core.state.pv_eoi.is_open() {
+                    core.state.settle_eoi(&self.vm, true);
+                }
                 return slow;
             }
         }
@@ -390,6 +394,9 @@ impl<V: Vendor> Vcpu<V> {
                 // on its way, and the exit follows at once.
                 cpu::interrupt_self(irqs);
             }
+            if state.lapic.as_ref().is_some_and(|lapic| lapic.highest_isr().is_some()) {
+                state.promise_eoi(&self.vm);
+            }
             trace::entry(self.peer.id, state.regs.rip);
             state.debug.before_entry(&mut state.regs.rflags);
             let exit = state.hw.run(&mut state.regs, &window, irqs);
@@ -400,6 +407,12 @@ impl<V: Vendor> Vcpu<V> {
             trace::exit(self.peer.id, state.regs.rip, &exit);
             self.peer.stats.exit(&exit);
             state.after_exit();
+            if state.pv_eoi.is_open() && !state.settle_eoi(&self.vm, false) {
+                if let Exit::NestedFault(_) | Exit::Rdmsr | Exit::Wrmsr = exit {
+                    // Perhaps an access to the local APIC: again, when that is settled.
+                    return Some(Slow::Work);
+                }
+            }
             match exit {
                 Exit::HostInterrupt | Exit::HostNmi => return None,
                 exit => match state.handle_fast(&self.vm, &exit, window.xcr0()) {
@@ -437,12 +450,12 @@ impl<V: Vendor> State<V> {
 
     /// Reads the page-directory-pointer entries of PAE paging. Where there is no memory they are not present.
     #[cold]
-    pub(crate) fn load_pdptes(&mut self, vm: &crate::vm::Vm<V>) {
+    pub(crate) fn load_pdptes(&mut self, vm: &Vm<V>) {
         let entries = self.read_pdptes(vm);
         self.hw.set_pdptes(entries);
     }
 
-    pub(crate) fn read_pdptes(&self, vm: &crate::vm::Vm<V>) -> [u64; 4] {
+    pub(crate) fn read_pdptes(&self, vm: &Vm<V>) -> [u64; 4] {
         let table = Gpa(self.hw.cr3() & 0xFFFF_FFE0);
         let mut entries = [0; 4];
         for (entry, at) in entries.iter_mut().zip(0..) {
@@ -456,7 +469,7 @@ impl<V: Vendor> State<V> {
 
     /// Puts the pages that hardware noted as written into the dirty log.
     #[inline]
-    fn take_written(&mut self, vm: &crate::vm::Vm<V>, irqs: &IrqsOff) {
+    fn take_written(&mut self, vm: &Vm<V>, irqs: &IrqsOff) {
         let mut view = None;
         self.hw.take_written(irqs, |gpa| view.get_or_insert_with(|| vm.memory.view(false)).written(gpa));
     }

@@ -39,8 +39,8 @@ impl LocalApicUser {
 }
 
 impl<V: Vendor> State<V> {
-    /// Leaves the inner ring, because there is something in [`LocalApicUser`].
-    fn tell_user(&self, vm: &Vm<V>) {
+    /// Something is for process context before the next entry.
+    pub(crate) fn leave_inner_ring(&self, vm: &Vm<V>) {
         if let Some(peer) = vm.peers.get(self.index) {
             peer.kick.post_quietly(request::TO_USER);
         }
@@ -49,14 +49,14 @@ impl<V: Vendor> State<V> {
     /// The guest ended `vector`, which belongs to userspace's I/O APIC.
     pub(crate) fn interrupt_ended(&mut self, vm: &Vm<V>, vector: u8) {
         self.apic_user.ended = Some(vector);
-        self.tell_user(vm);
+        self.leave_inner_ring(vm);
     }
 
     /// An access to a register of the local APIC in memory.
     pub(crate) fn lapic_accessed(&mut self, vm: &Vm<V>, offset: u32, write: bool) {
         if self.apic_user.report_task_priority && offset == TASK_PRIORITY {
             self.apic_user.task_priority_access = Some((self.regs.rip, write));
-            self.tell_user(vm);
+            self.leave_inner_ring(vm);
         }
     }
 

@@ -52,6 +52,7 @@ use crate::{
     new_killable_mutex,
     pmu::VcpuPmu,
     policy::{caps::GuestCaps, cpuid_table::CpuidTable, msr::MsrState},
+    pv_eoi::PvEoi,
     stats::{VcpuStats, VmStats},
     to_user::LocalApicUser,
     vendor::{Vendor, VendorVcpu},
@@ -64,7 +65,7 @@ pub(crate) mod request {
     pub(crate) const FLUSH_TLB: u64 = 1 << 0;
     /// Update the guest's paravirtual clock.
     pub(crate) const CLOCK: u64 = 1 << 1;
-    /// Something waits for userspace.
+    /// Something waits for process context, or for userspace.
     pub(crate) const TO_USER: u64 = 1 << 2;
     /// The VM has another MSR filter.
     pub(crate) const MSR_FILTER: u64 = 1 << 3;
@@ -366,6 +367,7 @@ pub(crate) struct State<V: Vendor> {
     /// IA32_APIC_BASE where userspace has the local APIC.
     pub(crate) user_apic_base: u64,
     pub(crate) apic_user: LocalApicUser,
+    pub(crate) pv_eoi: PvEoi,
     /// The 8259A is in userspace: it says when there is an interrupt of it.
     pub(crate) user_pic: bool,
 }
@@ -490,6 +492,7 @@ impl<V: Vendor> Vcpu<V> {
             code: None,
             user_apic_base: 0xFEE0_0800 | if boots { 0x100 } else { 0 },
             apic_user: LocalApicUser::default(),
+            pv_eoi: PvEoi::default(),
             user_pic: !vm.irq.has_pic(),
         };
         state.regs = RESET_REGS;
@@ -562,6 +565,7 @@ impl<V: Vendor> State<V> {
         self.pic_signal = false;
         self.msrs.init();
         self.clock.reset();
+        self.pv_eoi.set_word(None);
         self.forget_handed_over();
         let Some(lapic) = &mut self.lapic else { return };
         let work = lapic.reset(Reset::Init);

@@ -87,6 +87,10 @@ const HANDLERS: u64 = 0x5000;
 pub const COUNTS: u64 = 0x7000;
 /// How handlers acknowledge an interrupt.
 pub const EOI_MODE: u64 = 0x7800;
+/// The word of KVM_FEATURE_PV_EOI for the kit's handlers.
+pub const PV_EOI: u64 = 0x7808;
+/// How many interrupts the handlers had to end for real with [`Eoi::Paravirtual`].
+pub const REAL_ENDS: u64 = 0x7810;
 pub const PML4: u64 = 0x8000;
 pub const PDPT: u64 = 0x9000;
 /// Four page directories: the first 4 GiB, identity-mapped with 2 MiB pages.
@@ -131,6 +135,8 @@ pub enum Eoi {
     Xapic = 1,
     X2apic = 2,
     Pic = 3,
+    /// By [`PV_EOI`] if the hypervisor has promised that this is enough, else in the xAPIC.
+    Paravirtual = 4,
 }
 
 // Handlers. On entry the stack holds vector, error code, RIP, CS, RFLAGS, RSP, SS. Exceptions start at offset 0,
@@ -155,6 +161,8 @@ payload! { kit_handlers, 64,
     "je 3f",
     "cmp eax, 3",
     "je 4f",
+    "cmp eax, 4",
+    "je 6f",
     "jmp 5f",
     "2: mov ecx, 0xfee000b0",
     "mov dword ptr [rcx], 0",
@@ -166,6 +174,11 @@ payload! { kit_handlers, 64,
     "jmp 5f",
     "4: mov al, 0x20",
     "out 0x20, al",
+    "jmp 5f",
+    "6: btr dword ptr [0x7808], 0",
+    "jc 5f",
+    "inc dword ptr [0x7810]",
+    "jmp 2b",
     "5: pop rdx",
     "pop rcx",
     "pop rax",

@@ -296,10 +296,10 @@ impl<C: Cpu> Exec<'_, C> {
     pub(super) fn store(&mut self, span: &Span, value: u64) {
         let data = value.to_le_bytes();
         let Some(from) = data.get(..span.len) else { return };
-        if span.first == span.len {
-            self.store_part(span.gpa, from);
-        } else {
+        if span.first != span.len {
             self.store_bytes(span, from);
+        } else if self.cpu.write_ram(span.gpa, from).is_err() {
+            self.io.write_number(span.gpa, span.len as u8, value);
         }
     }
 

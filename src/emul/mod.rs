@@ -65,6 +65,7 @@ use crate::arch::{Gpa, Gva};
 use crate::guest::event::vector as exception;
 use crate::guest::exit::TaskSwitch;
 use crate::guest::Exception;
+use alu::mask;
 use exec::Exec;
 use memory::Decoded;
 
@@ -312,6 +313,14 @@ impl Io {
         for (to, from) in fragment.data.iter_mut().zip(from) {
             *to = *from;
         }
+        self.queued = self.queued.wrapping_add(1);
+    }
+
+    /// Queues a write of a number's low `len` bytes, 1 to 8.
+    #[inline]
+    fn write_number(&mut self, gpa: Gpa, len: u8, value: u64) {
+        let Some(fragment) = self.writes.get_mut(self.queued as usize) else { return };
+        *fragment = Fragment { gpa, len, data: (value & mask(len)).to_le_bytes() };
         self.queued = self.queued.wrapping_add(1);
     }
 

@@ -36,12 +36,13 @@ pub struct HostFeatures {
     pub pmu: PmuCaps,
 }
 
-/// The paravirtual features: kvmclock, steal time, and three hypercalls.
+/// The paravirtual features: kvmclock, steal time, ends of interrupts, and three hypercalls.
 pub const PV_FEATURES: u32 = kvm_eax::CLOCKSOURCE
     | kvm_eax::CLOCKSOURCE2
     | kvm_eax::CLOCKSOURCE_STABLE
     | kvm_eax::NOP_IO_DELAY
     | kvm_eax::STEAL_TIME
+    | kvm_eax::PV_EOI
     | kvm_eax::PV_UNHALT
     | kvm_eax::PV_SEND_IPI
     | kvm_eax::PV_SCHED_YIELD;

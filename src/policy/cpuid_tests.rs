@@ -201,7 +201,7 @@ fn shape_of_the_table() {
     assert_eq!(amd.leaf(0xD, 1), [0xF, 2440, 0, 0]);
     assert_eq!(amd.leaf(0xD, 7), [1024, 1408, 0, 0]);
     assert!(amd.find(0xD, 3).is_none());
-    assert_eq!(amd.leaf(0x4000_0001, 0), [0x0100_28AB, 0, 0, 0]);
+    assert_eq!(amd.leaf(0x4000_0001, 0), [0x0100_28EB, 0, 0, 0]);
     for entry in amd.entries() {
         assert_eq!(entry.flags == KVM_CPUID_FLAG_SIGNIFCANT_INDEX, is_indexed(entry.function));
     }

@@ -36,7 +36,7 @@ tests! { "apicv";
 }
 
 /// Whether interrupts are expected to come and go without exits.
-fn without_exits() -> bool {
+pub(super) fn without_exits() -> bool {
     options().bed.contains("intel") && options().apicv
 }
 

@@ -24,6 +24,7 @@ pub mod memory;
 pub mod mmio;
 pub mod pmu;
 pub mod protection;
+pub mod pv_eoi;
 pub mod random_state;
 pub mod real_mode;
 pub mod registers;
@@ -60,6 +61,7 @@ pub const GROUPS: &[Group] = &[
     deadline::GROUP,
     disable_exits::GROUP,
     apicv::GROUP,
+    pv_eoi::GROUP,
     irqchip::GROUP,
     eventfds::GROUP,
     client::GROUP,

@@ -426,10 +426,11 @@ impl Context<'_> {
         self.visible().vendor == Vendor::Amd
     }
 
-    /// `value` if the module has this paravirtual feature. The guest's CPUID counts only where userspace asked for that:
-    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
+    /// `value` if the guest has this paravirtual feature. Its CPUID counts only where userspace asked for that:
+    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID. Userspace itself may read 0 there and write it, as in KVM.
     fn pv(&self, feature: u32, value: u64) -> Option<u64> {
-        (self.config.pv_features & self.pv_features & feature != 0).then_some(value)
+        let hidden = self.by == By::Host && value == 0;
+        (self.config.pv_features & feature != 0 && (self.pv_features & feature != 0 || hidden)).then_some(value)
     }
 
     fn register_exists(&self, register: Register) -> bool {

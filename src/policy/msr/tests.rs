@@ -29,7 +29,7 @@ fn supported(vendor: Vendor) -> GuestCaps {
 fn config(vendor: Vendor) -> MsrConfig {
     MsrConfig {
         supported: supported(vendor),
-        pv_features: PV_FEATURES | kvm_eax::PV_EOI,
+        pv_features: PV_FEATURES,
         arch_capabilities: if vendor == Vendor::Intel { 0x2B } else { 0 },
         microcode: 0x0100_0065,
         pmu: PmuCaps::NONE,
@@ -517,6 +517,12 @@ fn userspace_may_hide_platform_info_and_paravirtual_msrs() {
     assert_eq!(bench.read(By::Guest, msr::KVM_SYSTEM_TIME), Read::Gp);
     assert_eq!(bench.read(By::Guest, msr::KVM_SYSTEM_TIME_NEW), Read::Value(0));
     assert_eq!(bench.write(By::Guest, msr::KVM_STEAL_TIME, 0), Write::Gp);
+    for index in [msr::KVM_STEAL_TIME, msr::KVM_PV_EOI_EN] {
+        assert_eq!(bench.read(By::Guest, index), Read::Gp);
+        assert_eq!(bench.read(By::Host, index), Read::Value(0));
+        assert!(matches!(bench.write(By::Host, index, 0), Write::Effect(_)));
+        assert_eq!(bench.write(By::Host, index, 0x4001), Write::Gp);
+    }
 }
 
 #[test]
