@@ -16,43 +16,43 @@ const ES: u16 = 1 << 7;
 
 /// What an opcode means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Control {
+enum Kind {
     Initialize,
-    StoreStatus,
+    StatusWord,
     /// FNSTSW AX.
     StatusToAx,
-    StoreControl,
+    ControlWord,
 }
 
-const fn control(opcode: u8, modrm: u8) -> Option<Control> {
+const fn kind(opcode: u8, modrm: u8) -> Option<Kind> {
     let memory = modrm < 0xC0;
     Some(match (opcode, memory, modrm >> 3 & 7) {
-        (0xD9, true, 7) => Control::StoreControl,
-        (0xDD, true, 7) => Control::StoreStatus,
-        (0xDB, false, _) if modrm == 0xE3 => Control::Initialize,
-        (0xDF, false, _) if modrm == 0xE0 => Control::StatusToAx,
+        (0xD9, true, 7) => Kind::ControlWord,
+        (0xDD, true, 7) => Kind::StatusWord,
+        (0xDB, false, _) if modrm == 0xE3 => Kind::Initialize,
+        (0xDF, false, _) if modrm == 0xE0 => Kind::StatusToAx,
         _ => return None,
     })
 }
 
 /// Whether the emulator has the instruction with this opcode, D8h to DFh.
 pub(super) const fn is_control(opcode: u8, modrm: u8) -> bool {
-    control(opcode, modrm).is_some()
+    kind(opcode, modrm).is_some()
 }
 
 impl<C: Cpu> Exec<'_, C> {
     pub(super) fn x87_control(&mut self) -> Flow<()> {
-        let what = control(self.ins.opcode, self.ins.modrm).ok_or(Step::Unsupported)?;
+        let what = kind(self.ins.opcode, self.ins.modrm).ok_or(Step::Unsupported)?;
         self.x87_usable(cr0::EM | cr0::TS, 0)?;
         let value = match what {
-            Control::Initialize => {
+            Kind::Initialize => {
                 self.cpu.initialize_x87();
                 return Ok(());
             }
-            Control::StoreControl => self.cpu.x87_words().control,
-            Control::StoreStatus | Control::StatusToAx => self.cpu.x87_words().status,
+            Kind::ControlWord => self.cpu.x87_words().control,
+            Kind::StatusWord | Kind::StatusToAx => self.cpu.x87_words().status,
         };
-        if what == Control::StatusToAx {
+        if what == Kind::StatusToAx {
             self.set_reg(0, 2, value.into());
         } else {
             let span = self.operand_span(2, Access::Write)?;
