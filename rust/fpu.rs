@@ -11,7 +11,10 @@ use super::{
     bindings,
     cpu::{self, IrqsOff},
 };
-use crate::arch::{cpuid::leaf_d_1_eax, cr::xcr0, msr};
+use crate::{
+    arch::{cpuid::leaf_d_1_eax, cr::xcr0, msr},
+    emul::X87Words,
+};
 
 /// The largest XSAVE image, in bytes, that a guest's area holds.
 pub(crate) const AREA_BYTES: usize = 4096 * 3;
@@ -120,6 +123,24 @@ impl GuestFpu {
             }
             let at = offset + number % 16 * 16;
             self.area.0[at..at + 16].copy_from_slice(half);
+        }
+    }
+
+    /// The guest's x87 control and status words.
+    pub(crate) fn x87_words(&self) -> X87Words {
+        let word = |at: usize| u16::from_le_bytes([self.area.0[at], self.area.0[at + 1]]);
+        match self.components() & xcr0::X87 {
+            0 => X87Words::INITIAL,
+            _ => X87Words { control: word(0), status: word(2) },
+        }
+    }
+
+    /// FNINIT: the registers keep their contents, and are empty.
+    pub(crate) fn initialize_x87(&mut self) {
+        if self.components() & xcr0::X87 != 0 {
+            // Control, status, tags, opcode, and the last instruction's addresses.
+            self.area.0[..24].fill(0);
+            self.area.0[..2].copy_from_slice(&X87Words::INITIAL.control.to_le_bytes());
         }
     }
 

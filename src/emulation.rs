@@ -11,7 +11,7 @@ use crate::{
         segment::{DescriptorTable, Segment, SegmentName},
         Gpa, Gva,
     },
-    emul::{Access, Cpu, Delivery, DeviceMove, Direction, Mode, NotRam, Shadow, Step, Switched, Table},
+    emul::{Access, Cpu, Delivery, DeviceMove, Direction, Mode, NotRam, Shadow, Step, Switched, Table, X87Words},
     exits::ToUser,
     glue::{fpu::GuestFpu, page::SharedPage, timer, trace},
     guest::{
@@ -264,6 +264,14 @@ impl<V: Vendor> Cpu for Emulated<'_, V> {
         self.fpu.set_vector(register, value, vex);
     }
 
+    fn x87_words(&self) -> X87Words {
+        self.fpu.x87_words()
+    }
+
+    fn initialize_x87(&mut self) {
+        self.fpu.initialize_x87();
+    }
+
     fn read_port_data(&mut self, offset: usize, to: &mut [u8]) {
         self.data.copy_out(offset, to);
     }
@@ -321,9 +329,21 @@ impl<V: Vendor> Vcpu<V> {
 
     /// Takes the guest to another task, which the CPU does not do.
     pub(crate) fn switch_task(&self, core: &mut Core<V>, switch: TaskSwitch) -> Option<ToUser> {
-        let Core { state, fpu, emulator, .. } = core;
+        let state = &core.state;
         let event = state.events.unfinished.filter(|_| switch.source == TaskSource::Gate);
         let resume_at = state.hw.next_rip().filter(|_| event.is_none()).unwrap_or(state.regs.rip);
+        self.switch_task_for(core, switch, event, resume_at)
+    }
+
+    /// The same for `event`, or an instruction. The old task goes on at `resume_at`.
+    fn switch_task_for(
+        &self,
+        core: &mut Core<V>,
+        switch: TaskSwitch,
+        event: Option<Event>,
+        resume_at: u64,
+    ) -> Option<ToUser> {
+        let Core { state, fpu, emulator, .. } = core;
         let (data, vm) = (&self.data, &*self.vm);
         let mut emulated = Emulated { state, fpu, data, vm, view: None, found: None, untranslated: false, lost: false };
         let switched = match emulator.switch_task(&mut emulated, switch, event, resume_at) {
@@ -444,6 +464,9 @@ impl<V: Vendor> Vcpu<V> {
                     true
                 }
                 Step::Fault(_) if lost => return Ok(self.emulation_failure(core)),
+                Step::TaskSwitch { switch, resume_at } => {
+                    return Ok(self.switch_task_for(core, switch, None, resume_at))
+                }
                 Step::Fault(exception) => {
                     state.regs.rflags |= rflags::RF;
                     state.events.raise(exception);

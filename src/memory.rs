@@ -4,7 +4,7 @@
 //! Nothing is pinned: pages come from the address space when the guest touches them, and its MMU notifier takes them back.
 #![forbid(unsafe_code)]
 
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use kernel::{
     new_mutex, new_spinlock,
@@ -18,7 +18,6 @@ use crate::{
     glue::{
         error,
         guest_mem::{AddressSpace, HostPages, Invalidate, Want},
-        phys::{Bytes, PhysBox},
         signal,
         srcu::SrcuCell,
         tables::{TablePages, TableStock},
@@ -37,6 +36,10 @@ use crate::{
     vendor::Vendor,
     view::{mark_dirty, View},
 };
+
+mod own_pages;
+
+use own_pages::OwnPages;
 
 /// First frame that no slot may reach: four levels of nested tables.
 const END: Gfn = Gfn(1 << 36);
@@ -93,6 +96,7 @@ pub(crate) struct NestedLimits {
     no_large_execute: bool,
     catch: Catch,
     apic_page: bool,
+    identity_map: bool,
 }
 
 impl NestedLimits {
@@ -104,6 +108,7 @@ impl NestedLimits {
             no_large_execute: hardware.no_large_execute(),
             catch: if hardware.write_log_entries() > 0 { Catch::Log } else { Catch::Fault },
             apic_page: hardware.has_apic_page(),
+            identity_map: hardware.wants_identity_map(),
         }
     }
 }
@@ -121,23 +126,12 @@ pub(crate) struct Memory<F: Format + Send + Sync + 'static> {
     largest: Level,
     /// How the dirty log learns of writes.
     catch: Catch,
-    /// What the guest has at [`APIC_FRAME`] where its CPUs know that page.
-    apic_page: Option<PhysBox<Bytes<4096>>>,
-    /// One of [`apic_page`].
-    apic_page_state: AtomicU8,
+    /// What is hardware's of the guest's memory.
+    own: OwnPages,
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not write-protect, KVM_CLEAR_DIRTY_LOG does.
     manual_protect: AtomicBool,
     /// A new log begins with every page dirty.
     initially_dirty: AtomicBool,
-}
-
-/// Whether the page for the local APICs' window is mapped.
-mod apic_page {
-    /// Not yet: the first access maps it.
-    pub(super) const AWAITED: u8 = 0;
-    pub(super) const MAPPED: u8 = 1;
-    /// A vCPU has its APIC elsewhere or in another mode, and would find memory there. It stays like this: such a guest does without.
-    pub(super) const FORBIDDEN: u8 = 2;
 }
 
 impl<F: Format + 'static> Mapped<F> {
@@ -235,8 +229,7 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
                 root,
                 largest: limits.largest,
                 catch: limits.catch,
-                apic_page: if limits.apic_page { Some(PhysBox::new()?) } else { None },
-                apic_page_state: apic_page::AWAITED.into(),
+                own: OwnPages::new(&limits)?,
                 manual_protect: false.into(),
                 initially_dirty: false.into(),
             }? Error))
@@ -246,63 +239,6 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
     /// Root of the nested table.
     pub(crate) fn root(&self) -> Hpa {
         self.root
-    }
-
-    /// The page for the local APICs' window, where the CPUs have a use for it.
-    pub(crate) fn apic_page(&self) -> Option<Hpa> {
-        self.apic_page.as_ref().map(PhysBox::address)
-    }
-
-    /// Some vCPU does not have its APIC's window at that page: nobody gets the page from now on. May sleep.
-    #[inline]
-    pub(crate) fn forbid_apic_page(&self) {
-        if self.apic_page.is_some() && self.apic_page_state.load(Relaxed) != apic_page::FORBIDDEN {
-            self.unmap_apic_page();
-        }
-    }
-
-    #[cold]
-    fn unmap_apic_page(&self) {
-        let nested = self.space.nested.lock();
-        self.apic_page_state.store(apic_page::FORBIDDEN, Relaxed);
-        drop(nested);
-        self.space.unmap(APIC_FRAME, 1);
-    }
-
-    /// A fault where there is no slot: a device, unless it is the first at the local APICs' window, and the vCPU has that at its page: all
-    /// have, or they would have forbidden it.
-    #[inline]
-    fn device_fault(&self, fault: &NestedFault, may_sleep: bool) -> Result<Fault> {
-        match &self.apic_page {
-            Some(page) if fault.gpa.gfn() == APIC_FRAME && !fault.execute => {
-                self.map_apic_page(page.address(), may_sleep)
-            }
-            _ => Ok(Fault::Mmio),
-        }
-    }
-
-    #[cold]
-    fn map_apic_page(&self, page: Hpa, may_sleep: bool) -> Result<Fault> {
-        if self.apic_page_state.load(Relaxed) != apic_page::AWAITED {
-            return Ok(Fault::Mmio);
-        }
-        let stock = if may_sleep { Some(TableStock::allocate(TABLES_PER_MAP)?) } else { None };
-        let mut nested = self.space.nested.lock();
-        let Nested { table, pages } = &mut *nested;
-        if let Some(stock) = stock {
-            pages.refill(stock);
-        }
-        if pages.short_of(TABLES_PER_MAP) > 0 {
-            return Ok(Fault::Sleep);
-        }
-        if self.apic_page_state.load(Relaxed) != apic_page::AWAITED {
-            return Ok(Fault::Mmio);
-        }
-        let memory_type = MemoryType::WriteBack;
-        let prot = Prot { write: true, execute: false, accessed: true, dirty: true, memory_type };
-        table.map(pages, APIC_FRAME, page, Level::Page4K, prot).map_err(|_| EFAULT)?;
-        self.apic_page_state.store(apic_page::MAPPED, Relaxed);
-        Ok(Fault::Mapped)
     }
 
     /// Whether the caller runs in the VM's address space. Only then may the VM be used.
@@ -341,6 +277,9 @@ impl<F: Format + Send + Sync + 'static> Memory<F> {
             (Some(slot), rest) => rest.as_ref().unwrap_or(&old).with(slot.clone())?,
             (None, rest) => rest.ok_or(EINVAL)?,
         };
+        if self.own.reserves(|frame| new.find(frame).is_some()) {
+            return Err(EEXIST);
+        }
         drop(old);
         numbers.reserve(id)?;
         let hardware_logs = self.catch == Catch::Log && new.logs_dirty();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A guest that the CPU cannot run in its mode: real mode, no paging, segments left from there, on a CPU without VMX's unrestricted guest.
-//! The emulator runs it, events included, until the CPU can. It is slow, and meant for the short way from reset to a kernel's own mode.
+//! A guest that the CPU cannot run in its mode: real mode, segments left from there, no paging where there is no place for a page table that
+//! the guest does not see ([`identity`](crate::mmu::identity)), on a CPU without VMX's unrestricted guest. The emulator runs it, events
+//! included, until the CPU can. It is slow, and meant for real mode's part in the way from reset to a kernel's own mode.
 //!
 //! Not supported, and an internal error then: what the emulator and its gates do not support, x87 and SSE arithmetic above all.
 #![forbid(unsafe_code)]
@@ -97,6 +98,13 @@ impl<V: Vendor> Vcpu<V> {
                 }
                 state.events.raise(exception);
                 Step::Done
+            }
+            Step::TaskSwitch { switch, .. } => {
+                core.state.events.unfinished = Some(event);
+                match self.switch_task(core, switch) {
+                    None => Step::Done,
+                    Some(_) => Step::Unsupported,
+                }
             }
             step => {
                 if event == Event::Nmi {

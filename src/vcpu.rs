@@ -436,6 +436,9 @@ impl<V: Vendor> Vcpu<V> {
         if let Some(page) = vm.memory.apic_page() {
             hw.set_apic_page(page);
         }
+        if let Some(at) = vm.memory.place_identity_map()? {
+            hw.set_identity_map(at);
+        }
         if let Some(posted) = &peer.posted {
             hw.set_posted(posted.address());
         }

@@ -69,6 +69,11 @@ pub(crate) trait Vendor: Hardware + Sized {
     fn has_apic_page(&self) -> bool {
         false
     }
+
+    /// Whether its CPUs need a page table, [`identity`](mmu::identity), in guest memory to run a guest without paging.
+    fn wants_identity_map(&self) -> bool {
+        false
+    }
 }
 
 /// One virtual CPU's hardware state. General-purpose registers, RIP and RFLAGS are in [`Regs`], which `run` moves.
@@ -179,6 +184,8 @@ pub(crate) trait VendorVcpu: Send + 'static {
 
     /// Where the page is that a CPU with [`Vendor::has_apic_page`] takes for the local APIC's window.
     fn set_apic_page(&mut self, _page: Hpa) {}
+    /// Where the page table is in guest memory that [`Vendor::wants_identity_map`] is about. Software runs a guest without paging that has none.
+    fn set_identity_map(&mut self, _at: Gpa) {}
     /// Where a [`PostedInterrupts`](crate::irqchip::lapic::PostedInterrupts) is for a CPU with [`Vendor::takes_posted`].
     fn set_posted(&mut self, _descriptor: Hpa) {}
     /// Whether the CPU delivers the interrupts of this APIC from now on. `None`: software does, in any case. Software has the interrupts now.

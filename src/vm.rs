@@ -200,15 +200,17 @@ impl<V: Vendor> FileOperations for Vm<V> {
                 this.memory.clear_dirty_log(&user::read::<KvmClearDirtyLog>(at)?)?;
                 Ok(0)
             }
-            // Only VMX without unrestricted guest needs this memory.
+            // Nobody needs this memory: what KVM has there, real mode as virtual-8086 mode, is emulated.
             KVM_SET_TSS_ADDR if arg as u64 > u64::from(u32::MAX) - 3 * 4096 => Err(EINVAL),
             KVM_SET_TSS_ADDR => Ok(0),
             KVM_SET_IDENTITY_MAP_ADDR => {
-                user::read::<u64>(at)?;
-                match this.peers.len() {
-                    0 => Ok(0),
-                    _ => Err(EINVAL),
+                let map: u64 = user::read(at)?;
+                let _setup = this.setup.lock();
+                if this.peers.len() > 0 {
+                    return Err(EINVAL);
                 }
+                this.memory.set_identity_map_addr(map);
+                Ok(0)
             }
             KVM_CREATE_IRQCHIP => {
                 let _setup = this.setup.lock();

@@ -240,7 +240,11 @@ impl Guest {
 
     /// 32-bit protected mode without paging: flat segments, `code` at 0x10000, ESP 0x80000, no IDT.
     pub fn protected(code: &[u8]) -> Guest {
-        let g = Guest::bare(|_| ());
+        Guest::protected_with(code, |_| ())
+    }
+
+    pub fn protected_with(code: &[u8], setup: impl FnOnce(&Vm)) -> Guest {
+        let g = Guest::bare(setup);
         write_gdt(g.ram);
         g.ram.write(CODE, code);
         let mut s = g.cpu.sregs();

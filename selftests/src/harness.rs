@@ -47,6 +47,8 @@ pub struct Options {
     pub times: bool,
     /// The CPU may deliver a guest's interrupts, where it can.
     pub apicv: bool,
+    /// The CPU may run guests in real mode and without paging, where it can.
+    pub unrestricted: bool,
 }
 
 static OPTIONS: OnceLock<Options> = OnceLock::new();

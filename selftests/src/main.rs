@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `krab-selftests [--device PATH] [--bed NAME] [--list] [--times] [--no-apicv] [FILTER ...]`: the tests, KTAP on standard output.
+//! `krab-selftests [--device PATH] [--bed NAME] [--list] [--times] [--no-apicv] [--restricted] [FILTER ...]`: the tests, KTAP on standard output.
 //!
-//! `--no-apicv`: the module was loaded with `apicv=0`. A filter is a substring of `group.name`; `-FILTER` leaves out what matches. The exit code is 0 when no test failed.
+//! `--no-apicv`: the module was loaded with `apicv=0`; `--restricted`: with `unrestricted_guest=0`. A filter is a substring of `group.name`; `-FILTER` leaves out what matches. The exit code is 0 when no test failed.
 
 mod tests;
 
 use krabtest::harness::{self, Options, Test};
 
 fn main() {
-    let mut options = Options { device: "/dev/krab".into(), bed: "unknown".into(), times: false, apicv: true };
+    let mut options =
+        Options { device: "/dev/krab".into(), bed: "unknown".into(), times: false, apicv: true, unrestricted: true };
     let (mut list, mut with, mut without) = (false, Vec::new(), Vec::new());
     let mut args = std::env::args().skip(1);
     while let Some(a) = args.next() {
@@ -19,6 +20,7 @@ fn main() {
             "--list" => list = true,
             "--times" => options.times = true,
             "--no-apicv" => options.apicv = false,
+            "--restricted" => options.unrestricted = false,
             f if f.starts_with("--") => usage(),
             f => match f.strip_prefix('-') {
                 Some(f) => without.push(f.to_string()),
@@ -44,7 +46,7 @@ fn main() {
 
 fn usage() -> ! {
     eprintln!(
-        "usage: krab-selftests [--device PATH] [--bed NAME] [--list] [--times] [--no-apicv] [FILTER ...] [-FILTER ...]"
+        "usage: krab-selftests [--device PATH] [--bed NAME] [--list] [--times] [--no-apicv] [--restricted] [FILTER ...] [-FILTER ...]"
     );
     std::process::exit(2);
 }

@@ -121,7 +121,7 @@ ioctls! {
     KVM_GET_NR_MMU_PAGES = io(0x45), 0xAE45, V, Refused, "deprecated in KVM";
     KVM_SET_USER_MEMORY_REGION = iow::<KvmUserspaceMemoryRegion>(0x46), 0x4020_AE46, V, Supported;
     KVM_SET_TSS_ADDR = io(0x47), 0xAE47, V, Supported, "accepted and not used";
-    KVM_SET_IDENTITY_MAP_ADDR = iow::<u64>(0x48), 0x4008_AE48, V, Supported, "accepted and not used";
+    KVM_SET_IDENTITY_MAP_ADDR = iow::<u64>(0x48), 0x4008_AE48, V, Supported, "used on Intel without unrestricted guest";
     KVM_SET_USER_MEMORY_REGION2 = iow::<KvmUserspaceMemoryRegion2>(0x49), 0x40A0_AE49, V, Supported, "no guest_memfd";
     KVM_CREATE_IRQCHIP = io(0x60), 0xAE60, V, Supported;
     KVM_IRQ_LINE = iow::<KvmIrqLevel>(0x61), 0x4008_AE61, V, Supported;

@@ -420,6 +420,9 @@ fn refine(mut entry: Entry, ins: &Instruction) -> Entry {
         }
         // ADCX and ADOX are 0F38 F6; F0 and F1 with F3 are undefined.
         Op::Movbe if ins.has(prefix::REP) => entry.op = Op::Undefined,
+        Op::Unsupported if ins.map == Map::OneByte && super::x87::is_control(ins.opcode, ins.modrm) => {
+            entry.op = Op::X87
+        }
         // EXTRQ and INSERTQ have two bytes.
         Op::Unsupported if ins.map == Map::M0f && ins.opcode == 0x78 && (ins.mandatory == 1 || ins.mandatory == 3) => {
             entry.imm = Imm::Word;

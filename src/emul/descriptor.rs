@@ -3,7 +3,7 @@
 //! "Privilege Levels", and the operation sections of MOV, JMP, CALL, RET, LLDT and LTR.
 //!
 //! Firmware needs it when its descriptor table is in read-only memory: marking a descriptor is a write that no RAM takes. Not
-//! supported: call gates, far branches to another task, and a far return to an outer privilege level.
+//! supported: call gates, and a far return to an outer privilege level.
 #![forbid(unsafe_code)]
 
 use super::exec::Exec;
@@ -14,6 +14,7 @@ use crate::arch::cr::efer;
 use crate::arch::segment::{Segment, SegmentAttributes, SegmentName};
 use crate::arch::Gva;
 use crate::guest::event::vector as exception;
+use crate::guest::exit::TaskSource;
 use crate::guest::Exception;
 
 /// Bits of a selector.
@@ -24,6 +25,7 @@ pub(super) const TI: u16 = 1 << 2;
 pub(super) const LDT: u8 = 2;
 const TSS16_AVAILABLE: u8 = 1;
 const TSS_AVAILABLE: u8 = 9;
+pub(super) const TASK_GATE: u8 = 5;
 pub(super) const TSS_BUSY_BIT: u8 = 2;
 
 pub(super) const ACCESSED_BIT: u8 = 1;
@@ -173,7 +175,7 @@ impl<C: Cpu> Exec<'_, C> {
         }
         let mut descriptor = self.descriptor(selector, false)?;
         if !descriptor.is_segment() {
-            // Gates and task state segments.
+            // Call gates.
             return Err(if returning { fault(exception::GP, selector) } else { Step::Unsupported });
         }
         let (kind, dpl) = (descriptor.kind(), descriptor.segment.attributes.dpl());
@@ -203,6 +205,7 @@ impl<C: Cpu> Exec<'_, C> {
 
     /// JMP to another code segment; `offset` is cut to the operand size.
     pub(super) fn jump_to_segment(&mut self, selector: u16, offset: u64) -> Flow<()> {
+        self.leave_task(selector, TaskSource::Jump)?;
         let code = self.code_segment(selector, offset, false)?;
         self.cpu.set_segment(SegmentName::Cs, &code.segment);
         self.next_rip = offset;
@@ -211,6 +214,7 @@ impl<C: Cpu> Exec<'_, C> {
 
     /// CALL of another code segment.
     pub(super) fn call_segment(&mut self, selector: u16, offset: u64, size: u8) -> Flow<()> {
+        self.leave_task(selector, TaskSource::Call)?;
         let code = self.code_segment(selector, offset, false)?;
         let back = [self.cpu.segment(SegmentName::Cs).selector as u64, self.next_rip];
         self.push(&back, size)?;

@@ -257,6 +257,8 @@ impl<'a, C: Cpu> Exec<'a, C> {
             Op::Ins | Op::Outs => self.port_string(size.min(4)),
             Op::In | Op::Out => self.port(size.min(4)),
             Op::VectorMove => self.vector_move(),
+            Op::X87 => self.x87_control(),
+            Op::Fwait => self.x87_wait(),
             op if op < Op::Jcc => self.stack_operation(size),
             op if op < Op::Movs => self.branch_operation(size),
             _ => self.system_operation(size),

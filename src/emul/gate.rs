@@ -3,21 +3,25 @@
 //! Handling", Vol. 2 "INT n", "IRET".
 //!
 //! For CPUs that cannot run a guest in its mode: an event's delivery is then software's, too. Not supported: another privilege level,
-//! task gates, IRET from a nested task or to virtual-8086 mode, and long mode.
+//! IRET to virtual-8086 mode, and long mode.
 #![forbid(unsafe_code)]
 
 use super::decode::{Instruction, Mode};
+use super::descriptor::TASK_GATE;
 use super::exec::Exec;
 use super::opcodes::Op;
 use super::{without_code, Cpu, Emulator, Flow, Step, Table, GP};
 use crate::arch::cr::rflags::{AC, IF, NT, RF, TF, VM};
 use crate::arch::segment::SegmentName;
 use crate::guest::event::vector as exception;
+use crate::guest::exit::TaskSource;
 use crate::guest::Exception;
 
 /// Bits of a gate's access byte.
 const PRESENT: u16 = 1 << 7;
 const DPL_SHIFT: u32 = 5;
+/// Type of a task gate, of which the lower five bits say so.
+const TASK_GATE_ACCESS: u16 = TASK_GATE as u16;
 
 /// What leads through a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,8 +34,8 @@ pub struct Delivery {
 }
 
 impl Emulator {
-    /// Takes the vCPU to the handler of an event: [`Step::Done`], [`Step::Fault`] if the delivery failed (nothing has changed then), or
-    /// [`Step::Unsupported`].
+    /// Takes the vCPU to the handler of an event: [`Step::Done`], [`Step::Fault`] if the delivery failed (nothing has changed then),
+    /// [`Step::TaskSwitch`] for a handler that is a task, or [`Step::Unsupported`].
     pub fn deliver<C: Cpu>(&mut self, cpu: &mut C, event: Delivery) -> Step {
         self.reset();
         let (mode, rip) = (cpu.mode(), cpu.rip());
@@ -40,6 +44,7 @@ impl Emulator {
         match result {
             Ok(()) if self.io.queued == 0 => Step::Done,
             Err(step @ Step::Fault(_)) => without_code(step, mode),
+            Err(step @ Step::TaskSwitch { .. }) => step,
             // A stack in a device.
             _ => {
                 self.reset();
@@ -78,9 +83,9 @@ impl<C: Cpu> Exec<'_, C> {
         let access = access >> 8;
         // Interrupt and trap gates of 16 and 32 bits.
         let size = match access & 0x1F {
-            6 | 7 => 2,
-            0xE | 0xF => 4,
-            5 => return Err(Step::Unsupported),
+            6 | 7 => Some(2),
+            0xE | 0xF => Some(4),
+            TASK_GATE_ACCESS => None,
             _ => return refuse(exception::GP),
         };
         let cpl = u16::from(self.cpu.cpl());
@@ -90,6 +95,7 @@ impl<C: Cpu> Exec<'_, C> {
         if access & PRESENT == 0 {
             return refuse(exception::NP);
         }
+        let Some(size) = size else { return Err(self.to_task(selector, TaskSource::Gate)) };
         let target = if size == 4 { u64::from(high) << 16 | u64::from(low) } else { low.into() };
         // The privilege level that the selector asks for does not matter here.
         let code = self.code_segment(selector & !3, target, false)?;
@@ -109,12 +115,15 @@ impl<C: Cpu> Exec<'_, C> {
 
     /// IRET.
     pub(super) fn interrupt_return(&mut self, size: u8) -> Flow<()> {
+        if self.rflags & NT != 0 && matches!(self.mode, Mode::Protected16 | Mode::Protected32) {
+            return self.return_to_task();
+        }
         let (offset, selector) = (self.peek(0, size)?, self.peek(1, size)? as u16);
         let flags = self.peek(2, size)?;
         match self.mode {
             Mode::Real => self.jump_far(selector, offset, size)?,
             Mode::Protected16 | Mode::Protected32 => {
-                if self.rflags & NT != 0 || size == 4 && flags & VM != 0 {
+                if size == 4 && flags & VM != 0 {
                     return Err(Step::Unsupported);
                 }
                 let code = self.code_segment(selector, offset, true)?;

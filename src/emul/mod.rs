@@ -9,6 +9,7 @@
 //! - [`Step::MmioWrite`]: the instruction is over, write the device; call `step` again only if [`Emulator::is_busy`].
 //! - [`Step::PortIn`]: put the data where [`Cpu::read_port_data`] finds it, call [`Emulator::complete_port_in`], then `step`.
 //! - [`Step::PortOut`]: the data is where [`Cpu::write_port_data`] put it; the instruction is over, or a REP has more to do.
+//! - [`Step::TaskSwitch`]: nothing has changed yet, call [`Emulator::switch_task`].
 //! - [`Step::Fault`]: inject. The registers are as before the instruction (or the iteration of a REP).
 //! - [`Step::Unsupported`]: nothing changed; report an internal error.
 //!
@@ -30,7 +31,7 @@
 //! - A change of the vCPU's state from outside in the middle of an instruction: call [`Emulator::reset`].
 //!
 //! # Not supported ([`Step::Unsupported`])
-//! x87, MMX, SSE and AVX other than moves, BMI, far transfers to another privilege level, ENTER with nesting, virtual-8086
+//! x87 other than what looks for the unit, MMX, SSE and AVX other than moves, BMI, far transfers to another privilege level, ENTER with nesting, virtual-8086
 //! extensions (VME, PVI), BCD instructions, and instructions that always are an exit of their own (CPUID, HLT, RDMSR and so on):
 //! for those there is [`skip_length`].
 #![forbid(unsafe_code)]
@@ -51,6 +52,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod x87;
 
 pub use decode::{decode, prefix, DecodeError, Instruction, Map, Mode, MAX_LENGTH};
 pub use device::{DeviceMove, Direction};
@@ -63,6 +65,7 @@ use crate::arch::cr::{cr0, efer, rflags};
 use crate::arch::segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName};
 use crate::arch::{Gpa, Gva};
 use crate::guest::event::vector as exception;
+use crate::guest::exit::TaskSwitch;
 use crate::guest::Exception;
 use alu::mask;
 use exec::Exec;
@@ -115,6 +118,18 @@ pub enum Shadow {
 pub enum Table {
     Gdt,
     Idt,
+}
+
+/// Control and status word of the x87 unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct X87Words {
+    pub control: u16,
+    pub status: u16,
+}
+
+impl X87Words {
+    /// After FNINIT.
+    pub const INITIAL: Self = Self { control: 0x37F, status: 0 };
 }
 
 /// What the emulator needs of a vCPU.
@@ -171,6 +186,10 @@ pub trait Cpu {
     /// Writes the low 16 bytes and keeps the rest, or with `vex` writes 32 and clears everything above.
     fn set_vector(&mut self, register: usize, value: &[u8; 32], vex: bool);
 
+    fn x87_words(&self) -> X87Words;
+    /// FNINIT: no data register holds anything, and the words are [`X87Words::INITIAL`].
+    fn initialize_x87(&mut self);
+
     /// Data of the port access being completed, `offset` bytes in.
     fn read_port_data(&mut self, offset: usize, to: &mut [u8]);
     /// Data for the port access about to be handed out. Offset plus length never exceed 4096.
@@ -219,6 +238,11 @@ pub enum Step {
         port: u16,
         size: u8,
         count: u16,
+    },
+    /// The instruction, or the event, leads to another task, where [`Emulator::switch_task`] goes. The old one is to go on at `resume_at`.
+    TaskSwitch {
+        switch: TaskSwitch,
+        resume_at: u64,
     },
     Fault(Exception),
     Unsupported,

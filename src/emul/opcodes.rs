@@ -2,7 +2,7 @@
 //! Opcode tables: for every opcode what it does, how its operands are encoded, and what immediate follows.
 //!
 //! Facts from SDM Vol. 2 "Opcode Map" and APM Vol. 3 "Opcode and Operand Encodings". The tables are built at compile time:
-//! six bytes an entry. Opcodes that exist but are not emulated (x87, most of SSE and AVX, far transfers of protected
+//! six bytes an entry. Opcodes that exist but are not emulated (most of x87, of SSE and AVX, far transfers of protected
 //! mode) are [`Op::Unsupported`], and their length is still right; opcodes that do not exist are [`Op::Undefined`].
 #![forbid(unsafe_code)]
 
@@ -163,12 +163,17 @@ pub enum Op {
     Sidt,
     Lgdt,
     Lidt,
+    Sldt,
+    Str,
     Lldt,
     Ltr,
     Invlpg,
 
     /// SSE and VEX moves.
     VectorMove,
+    /// What `x87.rs` has; the decoder knows which.
+    X87,
+    Fwait,
 }
 
 /// How the operands are encoded.
@@ -356,7 +361,7 @@ const fn one_byte() -> [Entry; 256] {
     t[0x98] = bare(Op::Cbw);
     t[0x99] = bare(Op::Cwd);
     t[0x9A] = entry(Op::CallFar, Form::None, Imm::Far, NO64);
-    t[0x9B] = bare(Op::Unsupported); // FWAIT
+    t[0x9B] = bare(Op::Fwait);
     t[0x9C] = entry(Op::Pushf, Form::None, Imm::None, D64);
     t[0x9D] = entry(Op::Popf, Form::None, Imm::None, D64);
     t[0x9E] = bare(Op::Sahf);
@@ -604,7 +609,16 @@ static GROUPS: [[Entry; 8]; 12] = [
         UNDEFINED,
     ],
     // SLDT, STR, LLDT, LTR, VERR, VERW.
-    [UNSUPPORTED, UNSUPPORTED, same(Op::Lldt, 0), same(Op::Ltr, 0), UNSUPPORTED, UNSUPPORTED, UNDEFINED, UNDEFINED],
+    [
+        same(Op::Sldt, PROTECTED),
+        same(Op::Str, PROTECTED),
+        same(Op::Lldt, 0),
+        same(Op::Ltr, 0),
+        UNSUPPORTED,
+        UNSUPPORTED,
+        UNDEFINED,
+        UNDEFINED,
+    ],
     // The register forms of 0 to 3, 5 and 7 are other instructions: the decoder turns them into `Unsupported`.
     [
         same(Op::Sgdt, 0),

@@ -27,7 +27,7 @@ impl<C: Cpu> Exec<'_, C> {
                 let kept = ARITHMETIC & !OF;
                 self.rflags = self.rflags & !kept | (self.cpu.gpr(0) >> 8) & kept;
             }
-            Op::Smsw | Op::Sgdt | Op::Sidt => return self.store_system(size),
+            Op::Smsw | Op::Sldt | Op::Str | Op::Sgdt | Op::Sidt => return self.store_system(size),
             Op::MovFromCr | Op::MovToCr | Op::MovFromDr | Op::MovToDr => {
                 self.privileged()?;
                 return self.move_register();
@@ -78,13 +78,18 @@ impl<C: Cpu> Exec<'_, C> {
         Ok(())
     }
 
-    /// SMSW, SGDT and SIDT: anybody's, unless UMIP forbids.
+    /// SMSW, SLDT, STR, SGDT and SIDT: anybody's, unless UMIP forbids.
     fn store_system(&mut self, size: u8) -> Flow<()> {
         if self.mode != Mode::Real && self.cpu.cpl() != 0 && self.cpu.cr(4) & cr4::UMIP != 0 {
             return Err(GP);
         }
-        if self.ins.op == Op::Smsw {
-            let value = self.cpu.cr(0);
+        let word = match self.ins.op {
+            Op::Smsw => Some(self.cpu.cr(0)),
+            Op::Sldt => Some(self.cpu.ldt().selector.into()),
+            Op::Str => Some(self.cpu.tss().selector.into()),
+            _ => None,
+        };
+        if let Some(value) = word {
             let size = if self.ins.has_memory() { 2 } else { size };
             let operand = self.rm(size, Access::Write)?;
             self.put(&operand, size, value);

@@ -2,16 +2,17 @@
 //! Task switches of protected mode, from and to task state segments of 16 and 32 bits. SDM Vol. 3 "Task Management", APM Vol. 2 "Hardware
 //! Task-Management".
 //!
-//! For CPUs that leave them to the hypervisor: what led to the new task has been checked as far as its gate goes. Not supported: segments of
+//! For CPUs that leave them to the hypervisor: what led to the new task has been checked as far as its gate goes. The emulator's own
+//! instructions and events come here by way of [`Step::TaskSwitch`], after the same checks. Not supported: segments of
 //! task state, descriptor tables or stacks that are not in RAM; shadow stacks. Long mode has no task switches.
 #![forbid(unsafe_code)]
 
 use super::decode::Instruction;
-use super::descriptor::{fault, Descriptor, ACCESSED_BIT, LDT, RPL, TI, TSS_BUSY_BIT};
+use super::descriptor::{fault, Descriptor, ACCESSED_BIT, LDT, RPL, TASK_GATE, TI, TSS_BUSY_BIT};
 use super::exec::Exec;
 use super::{Access, Cpu, Emulator, Flow, Mode, Shadow, Step, Table, Waiting};
-use crate::arch::cr::cr0;
 use crate::arch::cr::rflags::{FIXED, NT, RF, VM};
+use crate::arch::cr::{cr0, efer};
 use crate::arch::segment::{Segment, SegmentAttributes, SegmentName};
 use crate::guest::event::{vector as exception, Event};
 use crate::guest::exit::{TaskSource, TaskSwitch};
@@ -120,6 +121,45 @@ impl Emulator {
 }
 
 impl<C: Cpu> Exec<'_, C> {
+    /// Ends the step with a switch if a far jump or call (`source`) to `selector` leads to another task.
+    pub(super) fn leave_task(&mut self, selector: u16, source: TaskSource) -> Flow<()> {
+        if selector & !RPL == 0 || self.cpu.efer() & efer::LMA != 0 {
+            return Ok(());
+        }
+        let target = self.descriptor(selector, false)?;
+        let kind = target.kind();
+        let gate = kind == TASK_GATE;
+        // Types 1, 3, 9 and 11 are task state segments.
+        if target.is_segment() || !gate && kind & 5 != 1 {
+            return Ok(());
+        }
+        if u16::from(target.dpl()) < (selector & RPL).max(self.cpu.cpl().into()) {
+            return Err(fault(exception::GP, selector));
+        }
+        if !gate {
+            return Err(self.to_task(selector, source));
+        }
+        if !target.segment.attributes.present() {
+            return Err(fault(exception::NP, selector));
+        }
+        // The selector of a gate is where a segment has the lower half of its base.
+        Err(self.to_task(target.segment.base as u16, source))
+    }
+
+    /// The end of a step whose instruction, which is over, leads to another task.
+    pub(super) fn to_task(&self, selector: u16, source: TaskSource) -> Step {
+        Step::TaskSwitch { switch: TaskSwitch { selector, source }, resume_at: self.next_rip }
+    }
+
+    /// IRET of a nested task.
+    pub(super) fn return_to_task(&mut self) -> Flow<()> {
+        if self.cpu.efer() & efer::LMA != 0 {
+            return Err(super::GP);
+        }
+        let link = self.system_word(self.cpu.tss().base)?;
+        Err(self.to_task(link, TaskSource::Iret))
+    }
+
     /// Whether the new task is to begin with a trap.
     fn switch_task(&mut self, switch: TaskSwitch, event: Option<Event>, resume_at: u64) -> Flow<bool> {
         let TaskSwitch { selector, source } = switch;

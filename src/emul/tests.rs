@@ -7,6 +7,7 @@ mod gates;
 mod mock;
 mod segments;
 mod tasks;
+mod x87;
 
 use super::*;
 use crate::arch::cr::{cr0, cr4, rflags};
@@ -635,6 +636,9 @@ fn random_bytes_never_panic() {
                 Step::MmioWrite { .. } | Step::PortOut { .. } => exits += 1,
                 Step::Done => done += 1,
                 Step::Fault(_) => faults += 1,
+                Step::TaskSwitch { switch, resume_at } => {
+                    emulator.switch_task(cpu, switch, None, resume_at);
+                }
                 Step::Unsupported => {}
             }
             turns += 1;

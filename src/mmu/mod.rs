@@ -9,6 +9,7 @@ pub mod dirty;
 pub mod ept;
 pub mod format;
 pub mod guest_mem;
+pub mod identity;
 pub mod nested;
 pub mod npt;
 pub mod slots;

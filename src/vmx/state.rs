@@ -22,9 +22,11 @@ use crate::{
             control::{activity, entry},
             AccessRights, Control32, ControlNatural, Guest32, Guest64, GuestNatural, SegmentFields,
         },
+        Gpa,
     },
     glue::{cpu::IrqsOff, vmx::SyscallMsrs},
     guest::SystemRegs,
+    mmu::identity,
     policy::vmx::{
         event::{fix_interruptibility, pending_debug_for},
         guest_state::Context,
@@ -143,6 +145,9 @@ pub(super) struct GuestState {
     /// Always known, but for what the guest owns: that is meaningful where `valid` says so.
     cr0: Cell<u64>,
     cr4: Cell<u64>,
+    /// Where the page table is that hardware gets for a guest without paging, on a CPU without unrestricted guests. CR3 is the guest's
+    /// only with an exit then.
+    identity_map: Option<Gpa>,
     /// HLT does not exit: the CPU keeps the guest's sleep in the VMCS, across exits for the host.
     sleeps: bool,
     /// Bits of CR4 that the guest changes itself.
@@ -162,6 +167,7 @@ impl GuestState {
     /// All zero, and all of it to be written.
     pub(super) fn new(sleeps: bool) -> Self {
         Self {
+            identity_map: None,
             sleeps,
             cr2: 0,
             efer: 0,
@@ -190,7 +196,22 @@ impl GuestState {
     /// The guest ran: what it may have changed is only in the VMCS.
     #[inline]
     pub(super) fn ran(&mut self) {
-        self.valid.set(0);
+        self.valid.set(if self.hides_paging() { group::CR3 } else { 0 });
+    }
+
+    pub(super) fn set_identity_map(&mut self, at: Gpa) {
+        self.identity_map = Some(at);
+        self.changed(group::CR3 | group::CR4 | group::EFER);
+    }
+
+    pub(super) fn has_identity_map(&self) -> bool {
+        self.identity_map.is_some()
+    }
+
+    /// Whether hardware has paging that the guest does not have.
+    #[inline]
+    pub(super) fn hides_paging(&self) -> bool {
+        self.identity_map.is_some() && self.cr0.get() & cr0::PG == 0
     }
 
     /// An event goes into the guest: if it sleeps in HLT, that is over.
@@ -374,7 +395,14 @@ impl GuestState {
         wanted & if wanted & CR0_OWNED == 0 { self.cr0.get() } else { self.cr0(machine) }
     }
 
-    pub(super) fn set_cr0(&mut self, value: u64) {
+    pub(super) fn set_cr0(&mut self, machine: &Machine, value: u64) {
+        if self.identity_map.is_some() && (self.cr0.get() ^ value) & cr0::PG != 0 {
+            // Hardware's paging becomes the guest's own, or is its own no more.
+            let (cr3, cr4) = (self.cr3(machine), self.cr4(machine));
+            self.set_cr3(cr3);
+            self.set_cr4(cr4);
+            self.changed(group::EFER);
+        }
         self.cr0.set(value);
         self.changed(group::CR0 | group::CR0_BITS);
     }
@@ -477,7 +505,7 @@ impl GuestState {
         }
     }
 
-    pub(super) fn set_system_regs(&mut self, regs: &SystemRegs) {
+    pub(super) fn set_system_regs(&mut self, machine: &Machine, regs: &SystemRegs) {
         for (number, segment) in regs.segments.iter().enumerate() {
             self.set_segment(number, *segment);
         }
@@ -486,7 +514,7 @@ impl GuestState {
         self.set_gdtr(regs.gdtr);
         self.set_idtr(regs.idtr);
         self.set_cr3(regs.cr3);
-        self.set_cr0(regs.cr0);
+        self.set_cr0(machine, regs.cr0);
         self.cr2 = regs.cr2;
         self.set_cr4(regs.cr4);
         self.efer = regs.efer;
@@ -524,6 +552,7 @@ impl GuestState {
         let config = &machine.host.config;
         let stack = self.attributes(machine, SS);
         let context = Context::of(self.cr0.get(), self.efer, rflags, stack, machine.host.linear_bits);
+        let hidden = self.identity_map.filter(|_| self.hides_paging());
         let dirty = core::mem::take(&mut self.dirty);
         for (number, (segment, fields)) in self.segments.iter().zip(&SEGMENTS).enumerate() {
             if dirty & 1 << number != 0 {
@@ -550,7 +579,7 @@ impl GuestState {
             vmcs.write(Guest32::IdtrLimit, table.limit.into());
         }
         if dirty & group::CR3 != 0 {
-            vmcs.write(GuestNatural::Cr3, context.cr3(self.cr3.get()));
+            vmcs.write(GuestNatural::Cr3, hidden.map_or(context.cr3(self.cr3.get()), |table| table.0));
         }
         if dirty & group::INTERRUPTIBILITY != 0 {
             vmcs.write(Guest32::Interruptibility, fix_interruptibility(self.interruptibility.get(), rflags));
@@ -563,12 +592,15 @@ impl GuestState {
         }
         if dirty & group::CR4 != 0 {
             // A machine check in a guest without MCE would shut the CPU down.
-            vmcs.write(GuestNatural::Cr4, config.cr4.apply(self.cr4.get() | cr4::MCE));
+            let value = if hidden.is_some() { identity::cr4(self.cr4.get()) } else { self.cr4.get() };
+            vmcs.write(GuestNatural::Cr4, config.cr4.apply(value | cr4::MCE));
             vmcs.write(ControlNatural::Cr4Shadow, self.cr4.get());
         }
         if dirty & group::EFER != 0 {
             let long = if self.efer & efer::LMA != 0 { entry::IA32E_MODE_GUEST } else { 0 };
-            vmcs.write(Guest64::Efer, self.efer);
+            // With paging on, LME is to be what LMA is.
+            let value = if hidden.is_some() { self.efer & !efer::LME } else { self.efer };
+            vmcs.write(Guest64::Efer, value);
             vmcs.write(Control32::Entry, config.controls.entry | long);
         }
         if dirty & group::DR7 != 0 {

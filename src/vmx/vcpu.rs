@@ -40,6 +40,7 @@ use crate::{
         tsc::{Format, GuestTsc, Ratio},
         vmx::{
             event::{injection, interruptibility_for, Injection},
+            negotiate::CR3_EXITING,
             restricted,
         },
     },
@@ -211,6 +212,10 @@ impl Vendor for Vmx {
         let features = &self.config.features;
         features.apic_access && features.apic_registers && features.virtual_interrupts
     }
+
+    fn wants_identity_map(&self) -> bool {
+        !self.config.features.unrestricted_guest
+    }
 }
 
 impl Drop for VmxVcpu {
@@ -227,6 +232,13 @@ impl VmxVcpu {
         if self.task.is_some() && self.state.efer & efer::SCE != 0 {
             self.loaded_syscall.replace(&self.state.syscall);
         }
+    }
+
+    /// CR0 was set.
+    fn paging_set(&mut self) {
+        let hidden = self.state.hides_paging();
+        set_bit(&mut self.primary, CR3_EXITING, hidden);
+        self.flush |= flush::LINEAR;
     }
 
     fn set_segment_base(&mut self, number: usize, base: u64) {
@@ -270,8 +282,8 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn set_system_regs(&mut self, regs: &SystemRegs) {
-        self.state.set_system_regs(regs);
-        self.flush |= flush::LINEAR;
+        self.state.set_system_regs(&self.machine, regs);
+        self.paging_set();
     }
 
     #[inline]
@@ -319,8 +331,8 @@ impl VendorVcpu for VmxVcpu {
     }
 
     fn set_cr0(&mut self, value: u64) {
-        self.state.set_cr0(value);
-        self.flush |= flush::LINEAR;
+        self.state.set_cr0(&self.machine, value);
+        self.paging_set();
     }
 
     #[inline]
@@ -568,6 +580,11 @@ impl VendorVcpu for VmxVcpu {
         self.apic.set_window(page);
     }
 
+    fn set_identity_map(&mut self, at: Gpa) {
+        self.state.set_identity_map(at);
+        self.paging_set();
+    }
+
     fn set_posted(&mut self, descriptor: Hpa) {
         self.apic.set_posted(descriptor);
     }
@@ -613,7 +630,7 @@ impl VendorVcpu for VmxVcpu {
     #[inline]
     fn needs_software(&self, regs: &Regs) -> bool {
         !self.machine.host.config.features.unrestricted_guest
-            && (!restricted::mode_fits(self.state.cr0_mode())
+            && (!restricted::mode_fits(self.state.cr0_mode(), self.state.has_identity_map())
                 || self.state.is_dirty() && !self.state.segments_fit(&self.machine, regs.rflags))
     }
 

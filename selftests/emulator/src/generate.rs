@@ -77,11 +77,13 @@ pub struct Case {
     pub plant: Option<(u64, u64)>,
 }
 
-/// Operations that the engine cannot judge: they need devices, tables or privilege, or change its mode.
+/// Operations that the engine cannot judge: they need devices, tables, privilege or an x87 unit, or change its mode.
 fn out_of_reach(op: Op) -> bool {
     use Op::*;
-    matches!(op, Undefined | Unsupported | Ins | Outs | In | Out | MovToSeg | PopSeg | LoadFar | JmpFar | CallFar)
-        || matches!(op, JmpFarIndirect | CallFarIndirect | RetFar | Iret | Int | Int3 | Into)
+    matches!(
+        op,
+        Undefined | Unsupported | X87 | Fwait | Ins | Outs | In | Out | MovToSeg | PopSeg | LoadFar | JmpFar | CallFar
+    ) || matches!(op, JmpFarIndirect | CallFarIndirect | RetFar | Iret | Int | Int3 | Into)
         || (op >= MovFromCr && op < VectorMove)
 }
 

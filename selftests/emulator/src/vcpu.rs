@@ -4,7 +4,7 @@
 use krab_pure::arch::cr::{cr0, cr4, efer};
 use krab_pure::arch::segment::{DescriptorTable, Segment, SegmentAttributes, SegmentName};
 use krab_pure::arch::{Gpa, Gva};
-use krab_pure::emul::{Access, Cpu, Mode, NotRam, Shadow, Table};
+use krab_pure::emul::{Access, Cpu, Mode, NotRam, Shadow, Table, X87Words};
 use krab_pure::guest::Exception;
 
 use crate::generate::Layout;
@@ -126,6 +126,10 @@ impl Cpu for Vcpu {
     fn set_dr(&mut self, _: u8, _: u64) -> Result<(), Exception> {
         Err(Exception::GP0)
     }
+    fn x87_words(&self) -> X87Words {
+        X87Words::INITIAL
+    }
+    fn initialize_x87(&mut self) {}
     fn invlpg(&mut self, _: Gva) {}
     fn translate(&mut self, at: Gva, access: Access) -> Result<Gpa, Exception> {
         if self.maps(at.0) {

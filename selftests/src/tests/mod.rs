@@ -33,12 +33,14 @@ pub mod state;
 pub mod stress;
 pub mod tasks;
 pub mod tsc;
+pub mod unpaged;
 pub mod vmms;
 pub mod windows;
 
 pub const GROUPS: &[Group] = &[
     api::GROUP,
     real_mode::GROUP,
+    unpaged::GROUP,
     long_mode::GROUP,
     control::GROUP,
     hypercall::GROUP,

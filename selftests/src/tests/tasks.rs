@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Task switches of 32-bit protected mode: on Intel each one is an exit, on AMD the CPU does them.
 
+use std::cell::Cell;
+
+use super::unpaged::{restricted, slot_at_table};
 use krabtest::guest::*;
 use krabtest::harness::{on_kvm, tcg};
 use krabtest::ioctls::*;
@@ -14,6 +17,7 @@ tests! { "tasks";
     refused_in_the_old_task;
     refused_in_the_new_task;
     registers_are_userspaces_too;
+    emulated;
 }
 
 /// A stack segment of 16 bits.
@@ -169,8 +173,16 @@ fn third_kind() -> u8 {
     }
 }
 
+thread_local! {
+    /// The emulator is to have the guest.
+    static IN_SOFTWARE: Cell<bool> = const { Cell::new(false) };
+}
+
 fn guest() -> Guest {
-    let g = Guest::protected(task_payload());
+    let g = match IN_SOFTWARE.get() {
+        true => Guest::protected_with(task_payload(), slot_at_table),
+        false => Guest::protected(task_payload()),
+    };
     let descriptor = |selector: u16, kind: u8, limit: u64| {
         g.ram.write_u64(0x1000 + u64::from(selector), limit | tss(selector) << 16 | u64::from(kind) << 40);
     };
@@ -351,4 +363,17 @@ fn registers_are_userspaces_too() {
         Ok(Exit::Internal(_)) => {}
         other => panic!("{other:x?}"),
     }
+}
+
+/// The same once more, where software can be made to run the guest.
+fn emulated() {
+    if on_kvm() || !restricted() {
+        skip!("the CPU runs every guest without paging");
+    }
+    IN_SOFTWARE.set(true);
+    jump_call_and_return();
+    gates_of_the_idt();
+    refused_in_the_old_task();
+    refused_in_the_new_task();
+    registers_are_userspaces_too();
 }

@@ -33,6 +33,7 @@ pub struct Mock {
     pub cpl: u8,
     pub shadow: Shadow,
     pub vectors: [[u8; 32]; 16],
+    pub x87: X87Words,
     pub port_data: Vec<u8>,
     pub ram: Vec<u8>,
     /// RAM that no write reaches.
@@ -72,6 +73,7 @@ impl Mock {
             cpl: if mode == Mode::Vm86 { 3 } else { 0 },
             shadow: Shadow::None,
             vectors: [[0; 32]; 16],
+            x87: X87Words::INITIAL,
             port_data: vec![0; 4096],
             ram: vec![0; RAM],
             read_only: 0..0,
@@ -226,6 +228,12 @@ impl Cpu for Mock {
     fn set_vector(&mut self, register: usize, value: &[u8; 32], vex: bool) {
         let len = if vex { 32 } else { 16 };
         self.vectors[register][..len].copy_from_slice(&value[..len]);
+    }
+    fn x87_words(&self) -> X87Words {
+        self.x87
+    }
+    fn initialize_x87(&mut self) {
+        self.x87 = X87Words::INITIAL;
     }
     fn read_port_data(&mut self, offset: usize, to: &mut [u8]) {
         to.copy_from_slice(&self.port_data[offset..offset + to.len()]);

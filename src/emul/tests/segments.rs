@@ -200,7 +200,6 @@ fn far_branches() {
         (DATA, refused(ex::GP, DATA)),
         (ABSENT, refused(ex::GP, ABSENT)),
         (CODE32 | 3, refused(ex::GP, CODE32)),
-        (TASK, Step::Unsupported),
     ] {
         let mut cpu = cpu(Mode::Protected32, &[0xEA, 0, 0, 0, 0, selector as u8, 0], 0);
         assert_eq!(cpu.step(), wanted, "{selector:#x}");
@@ -210,4 +209,32 @@ fn far_branches() {
     let mut outer = cpu(Mode::Protected32, &[0xCB], 0);
     outer.set_ram(0x7004, &[CODE32 as u8 | 3]);
     assert_eq!(outer.step(), Step::Unsupported);
+}
+
+#[test]
+fn selectors_of_system_segments() {
+    // str eax; sldt eax; str [bx] and so on: a register gets all of its bits, memory 16.
+    for (code, wanted) in [([0x0F, 0x00, 0xC8], 0x28), ([0x0F, 0x00, 0xC0], 0x1234)] {
+        let with = |mode| {
+            let mut cpu = Mock::code(mode, &code);
+            (cpu.tss.selector, cpu.ldt.selector) = (0x28, 0x1234);
+            cpu.gpr[0] = u64::MAX;
+            cpu
+        };
+        for mode in [Mode::Protected32, Mode::Long64] {
+            let mut cpu = with(mode);
+            assert_eq!((cpu.step(), cpu.gpr[0]), (Step::Done, wanted));
+        }
+        for mode in [Mode::Real, Mode::Vm86] {
+            assert_eq!(with(mode).step(), Step::Fault(Exception::UD));
+        }
+        let mut user = with(Mode::Protected32);
+        (user.cpl, user.cr[4]) = (3, crate::arch::cr::cr4::UMIP);
+        assert_eq!((user.step(), user.gpr[0]), (refused(ex::GP, 0), u64::MAX));
+        let mut memory = with(Mode::Protected32);
+        memory.ram[CODE as usize + 2] -= 0xC0;
+        memory.gpr[0] = 0x2000;
+        memory.set_ram(0x2000, &[0xEE; 8]);
+        assert_eq!((memory.step(), memory.ram64(0x2000)), (Step::Done, 0xEEEE_EEEE_EEEE_0000 | wanted));
+    }
 }

@@ -263,3 +263,121 @@ fn not_where_there_are_no_tasks() {
     cpu.tss.base = super::mock::DEVICE;
     assert_eq!(switch(&mut cpu, TaskSource::Jump), Switched::Unsupported);
 }
+
+const GATE: u16 = 0x50;
+const ABSENT_GATE: u16 = 0x58;
+const CALL_GATE: u16 = 0x60;
+
+/// With gates, and the stack at 0x7000.
+fn program(code: &[u8]) -> Mock {
+    let mut cpu = cpu(true, true);
+    let gate = |access: u64| u64::from(NEW) << 16 | access << 40;
+    for (selector, access) in [(GATE, 0x85), (ABSENT_GATE, 0x05), (CALL_GATE, 0x8C)] {
+        cpu.set_ram(GDT + u64::from(selector), &gate(access).to_le_bytes());
+    }
+    cpu.gdt.limit = CALL_GATE + 7;
+    cpu.idt = DescriptorTable { base: IDT, limit: 0x17 };
+    for (vector, access) in [(0, 0x85), (1, 0xE5), (2, 0x05)] {
+        cpu.set_ram(IDT + 8 * vector, &gate(access).to_le_bytes());
+    }
+    cpu.set_ram(super::mock::CODE, code);
+    cpu.gpr[4] = 0x7000;
+    cpu
+}
+
+const IDT: u64 = 0x3800;
+
+fn leads(source: TaskSource, length: u64) -> Step {
+    let resume_at = super::mock::CODE + length;
+    Step::TaskSwitch { switch: TaskSwitch { selector: NEW, source }, resume_at }
+}
+
+fn stops(vector: u8, code: u16) -> Step {
+    Step::Fault(Exception::with_code(vector, code.into()))
+}
+
+#[test]
+fn instructions_that_lead_to_a_task() {
+    for (selector, opcode, source) in [
+        (NEW, 0xEA, TaskSource::Jump),
+        (NEW, 0x9A, TaskSource::Call),
+        (GATE, 0xEA, TaskSource::Jump),
+        (GATE, 0x9A, TaskSource::Call),
+    ] {
+        // The offset does not matter.
+        let mut cpu = program(&[opcode, 0xFF, 0xFF, 0xFF, 0xFF, selector as u8, 0]);
+        assert_eq!(cpu.step(), leads(source, 7), "{selector:#x}");
+        assert_eq!((cpu.rip, cpu.gpr[4], access(&cpu, NEW)), (super::mock::CODE, 0x7000, 0x89), "nothing has changed");
+    }
+    // jmp far [0x3900]
+    let mut cpu = program(&[0xFF, 0x2D, 0, 0x39, 0, 0]);
+    cpu.set_ram(0x3900, &[0, 0, 0, 0, NEW as u8, 0]);
+    assert_eq!(cpu.step(), leads(TaskSource::Jump, 6));
+    assert_eq!(program(&[0xCD, 0]).step(), leads(TaskSource::Gate, 2));
+    // Of the nested task, whose link is in its segment. Its stack does not matter.
+    let mut cpu = program(&[0xCF]);
+    cpu.rflags |= rflags::NT;
+    cpu.gpr[4] = HOLE;
+    cpu.set_ram(OLD_TSS, &NEW.to_le_bytes());
+    assert_eq!(cpu.step(), leads(TaskSource::Iret, 1));
+}
+
+#[test]
+fn events_that_lead_to_a_task() {
+    let deliver = |cpu: &mut Mock, vector| {
+        Emulator::new().deliver(cpu, Delivery { vector, error_code: Some(1), software: false })
+    };
+    let mut cpu = program(&[0x90]);
+    assert_eq!(deliver(&mut cpu, 0), leads(TaskSource::Gate, 0));
+    assert_eq!((cpu.rip, cpu.gpr[4]), (super::mock::CODE, 0x7000));
+    assert_eq!(deliver(&mut program(&[]), 2), stops(ex::NP, 0x13));
+}
+
+#[test]
+fn the_way_to_a_task_is_stops() {
+    let jump = |selector: u16| program(&[0xEA, 0, 0, 0, 0, selector as u8, 0]);
+    assert_eq!(jump(ABSENT_GATE).step(), stops(ex::NP, ABSENT_GATE));
+    // Gate and segment are for privilege level 0, which the selector gives up.
+    assert_eq!(jump(GATE | 3).step(), stops(ex::GP, GATE));
+    assert_eq!(jump(NEW | 3).step(), stops(ex::GP, NEW));
+    assert_eq!(jump(CALL_GATE).step(), Step::Unsupported);
+    // A user's.
+    for (code, wanted) in [
+        (&[0xEA, 0, 0, 0, 0, GATE as u8, 0][..], stops(ex::GP, GATE)),
+        (&[0x9A, 0, 0, 0, 0, NEW as u8, 0], stops(ex::GP, NEW)),
+        (&[0xCD, 0], stops(ex::GP, 2)),
+        (&[0xCD, 1], leads(TaskSource::Gate, 2)),
+    ] {
+        let mut cpu = program(code);
+        cpu.cpl = 3;
+        assert_eq!(cpu.step(), wanted, "{code:x?}");
+        assert_eq!(cpu.rip, super::mock::CODE);
+    }
+    // In IA-32e mode there are no tasks, and IRET of one that claims to be nested is #GP.
+    let mut cpu = program(&[0xCF]);
+    cpu.efer = crate::arch::cr::efer::LMA;
+    cpu.rflags |= rflags::NT;
+    assert_eq!(cpu.step(), stops(ex::GP, 0));
+    // A segment of task state that cannot be read.
+    let mut cpu = program(&[0xCF]);
+    cpu.rflags |= rflags::NT;
+    cpu.tss.base = HOLE;
+    assert!(matches!(cpu.step(), Step::Fault(Exception { vector: ex::PF, .. })));
+}
+
+/// A step and the switch that it asks for.
+#[test]
+fn there_and_back() {
+    let mut cpu = program(&[0x9A, 0, 0, 0, 0, GATE as u8, 0]);
+    let mut emulator = Emulator::new();
+    let Step::TaskSwitch { switch, resume_at } = emulator.step(&mut cpu, None) else { panic!() };
+    assert_eq!(emulator.switch_task(&mut cpu, switch, None, resume_at), Switched::Done);
+    assert_eq!((cpu.tss.selector, cpu.rip, cpu.rflags & rflags::NT), (NEW, 0x8000, rflags::NT));
+    assert_eq!((access(&cpu, OLD), access(&cpu, NEW)), (0x8B, 0x8B));
+    cpu.set_ram(0x8000, &[0xCF]);
+    let Step::TaskSwitch { switch, resume_at } = emulator.step(&mut cpu, None) else { panic!() };
+    assert_eq!((switch, resume_at), (TaskSwitch { selector: OLD, source: TaskSource::Iret }, 0x8001));
+    assert_eq!(emulator.switch_task(&mut cpu, switch, None, resume_at), Switched::Done);
+    assert_eq!((cpu.tss.selector, cpu.rip, cpu.rflags & rflags::NT), (OLD, super::mock::CODE + 7, 0));
+    assert_eq!((access(&cpu, OLD), access(&cpu, NEW)), (0x8B, 0x89));
+}

@@ -229,7 +229,7 @@ pub struct Features {
     /// EPT pages of 2 MiB and 1 GiB.
     pub page_2m: bool,
     pub page_1g: bool,
-    /// Guests in real mode and without paging run on the CPU. Otherwise software emulates them.
+    /// Guests in real mode and without paging run on the CPU. Otherwise software emulates real mode, and hides paging from guests without.
     pub unrestricted_guest: bool,
     /// EPT entries have accessed and dirty bits.
     pub accessed_dirty: bool,
@@ -331,6 +331,8 @@ const PRIMARY: u32 = primary::USE_TSC_OFFSETTING
 const PRIMARY_LATER: u32 = primary::INTERRUPT_WINDOW_EXITING | primary::NMI_WINDOW_EXITING;
 /// CPUs without MONITOR do not have these.
 const PRIMARY_OPTIONAL: u32 = primary::MONITOR_EXITING | primary::MWAIT_EXITING;
+/// On while a guest without paging runs with it, where guests are restricted.
+pub const CR3_EXITING: u32 = primary::CR3_LOAD_EXITING | primary::CR3_STORE_EXITING;
 const CR8_EXITING: u32 = primary::CR8_LOAD_EXITING | primary::CR8_STORE_EXITING;
 
 const SECONDARY: u32 = secondary::EPT;
@@ -366,13 +368,13 @@ pub fn negotiate(msrs: &CapabilityMsrs, options: Options) -> Result<Config, Refu
     let features = features(msrs, options)?;
     let cr8_exiting = if features.tpr_shadow { 0 } else { CR8_EXITING };
     let vpid = if features.vpid.is_some() { secondary::VPID } else { 0 };
-    let (unrestricted, free) = match features.unrestricted_guest {
-        true => (secondary::UNRESTRICTED_GUEST, cr0::PE | cr0::PG),
-        false => (0, 0),
+    let (unrestricted, free, later) = match features.unrestricted_guest {
+        true => (secondary::UNRESTRICTED_GUEST, cr0::PE | cr0::PG, PRIMARY_LATER),
+        false => (0, 0, PRIMARY_LATER | CR3_EXITING),
     };
     let controls = Controls {
         pin: choose(msrs, Word::Pin, PIN, 0, 0)?,
-        primary: choose(msrs, Word::Primary, PRIMARY | cr8_exiting, PRIMARY_LATER, PRIMARY_OPTIONAL)?,
+        primary: choose(msrs, Word::Primary, PRIMARY | cr8_exiting, later, PRIMARY_OPTIONAL)?,
         secondary: choose(msrs, Word::Secondary, SECONDARY | vpid | unrestricted, 0, SECONDARY_OPTIONAL)?,
         exit: choose(msrs, Word::Exit, EXIT, 0, 0)?,
         entry: choose(msrs, Word::Entry, ENTRY, ENTRY_LATER, 0)?,

@@ -6,7 +6,7 @@ use std::string::ToString;
 
 use super::{
     cpus::*,
-    negotiate::{enabled_by_firmware, Word},
+    negotiate::{enabled_by_firmware, Word, CR3_EXITING},
     *,
 };
 use crate::arch::{
@@ -121,6 +121,9 @@ fn guests_of_nehalem_are_emulated_at_times() {
         let unable = negotiate(&cpu.msrs, Options { unrestricted_guest: false, ..Options::ALL }).unwrap();
         assert_eq!(unable.controls.secondary & secondary::UNRESTRICTED_GUEST, 0, "{}", cpu.name);
         assert_eq!(unable.cr0.ones & free, free);
+        assert_eq!(unable.controls.primary & CR3_EXITING, 0, "{}: only while it has no paging", cpu.name);
+        let msrs = without(cpu, Word::Primary, CR3_EXITING);
+        assert!(negotiate(&msrs, Options { unrestricted_guest: false, ..Options::ALL }).is_err(), "{}", cpu.name);
         assert!(!unable.features.virtual_interrupts && !unable.features.apic_access, "{}", cpu.name);
     }
 }

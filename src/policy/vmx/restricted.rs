@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Which guests a CPU without "unrestricted guest" can run: those with protection and paging on, and with segments that fit. SDM "Checks on
-//! Guest Segment Registers".
+//! Which guests a CPU without "unrestricted guest" can run: those with protection on, and with segments that fit. SDM "Checks on Guest
+//! Segment Registers". For hardware paging is always on: without it the guest has [`identity`](crate::mmu::identity) paging, and does not
+//! see it.
 //!
 //! A guest in another mode is emulated until it comes into one that fits. What [`Context`](super::guest_state::Context) puts right is
 //! not asked here.
@@ -18,11 +19,10 @@ const RPL: u16 = 3;
 const KIND_CODE: u8 = 8;
 const KIND_CONFORMING_CODE: u8 = 12;
 
-/// Whether CR0 lets the CPU run the guest.
+/// Whether CR0 lets the CPU run the guest, which may have an identity map (`mapped`).
 #[inline]
-pub const fn mode_fits(cr0: u64) -> bool {
-    const BOTH: u64 = cr0::PE | cr0::PG;
-    cr0 & BOTH == BOTH
+pub const fn mode_fits(cr0: u64, mapped: bool) -> bool {
+    cr0 & cr0::PE != 0 && (mapped || cr0 & cr0::PG != 0)
 }
 
 /// Whether the segments of a guest with paging let the CPU run it: what real mode left in them may not.
@@ -68,8 +68,13 @@ mod tests {
 
     #[test]
     fn paging_and_protection() {
-        for (value, wanted) in [(0, false), (cr0::PE, false), (cr0::PG, false), (cr0::PE | cr0::PG | cr0::TS, true)] {
-            assert_eq!(mode_fits(value), wanted);
+        for (value, wanted, mapped) in [
+            (0, false, false),
+            (cr0::PE, false, true),
+            (cr0::PG, false, false),
+            (cr0::PE | cr0::PG | cr0::TS, true, true),
+        ] {
+            assert_eq!((mode_fits(value, false), mode_fits(value, true)), (wanted, mapped));
         }
     }
 

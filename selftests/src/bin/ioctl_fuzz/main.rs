@@ -47,7 +47,8 @@ struct Shared {
 }
 
 fn main() {
-    let mut options = Options { device: "/dev/krab".into(), bed: String::new(), times: false, apicv: true };
+    let mut options =
+        Options { device: "/dev/krab".into(), bed: String::new(), times: false, apicv: true, unrestricted: true };
     let mut a = Args { calls: 1_000_000, seconds: u64::MAX / 4, seed: sys::now_ns(), epoch: None, threads: 2 };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
