@@ -7,7 +7,7 @@ use kernel::{prelude::*, sync::Arc};
 use crate::{
     arch::{
         segment::{DescriptorTable, Segment, SegmentAttributes},
-        Gfn, Hpa, Level,
+        Gfn, Gpa, Hpa, Level,
     },
     glue::{cpu::IrqsOff, fpu::Window, virt::Hardware},
     guest::{Event, Exit, Regs, SystemRegs, Unintercepted},

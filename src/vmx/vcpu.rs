@@ -21,7 +21,7 @@ use crate::{
             control::{interruptibility, primary},
             GuestNatural,
         },
-        Gfn, Hpa, Level,
+        Gfn, Gpa, Hpa, Level,
     },
     glue::{
         cpu::{IrqsOff, VcpuId},
