@@ -225,8 +225,8 @@ const PASSED_THROUGH: [u32; 10] = [
 /// How an interrupt is injected.
 ///
 /// The SVM that QEMU emulates (seen in 10.0.13) forgets to note that an injected interrupt was delivered: when something stops the CPU, a
-/// timer of the machine or another CPU's misaligned atomic access, it delivers the interrupt once more, be it in the first
-/// instruction of the handler. The guest's next exit or exception ends that.
+/// timer of the machine where instructions are counted, or another CPU's misaligned atomic access, it delivers the interrupt once
+/// more, be it in the first instruction of the handler. The guest's next exit or exception ends that.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Injection {
     /// As an interrupt.

@@ -4,7 +4,7 @@
 
 use super::apicv::without_exits;
 use krabtest::guest::*;
-use krabtest::harness::on_kvm;
+use krabtest::harness::{on_kvm, tcg};
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::vm::Device;
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 tests! { "pv_eoi";
     ends_without_exits;
     waits_if_another_waits;
+    each_interrupt_once(60);
     promise_and_end;
     level_triggered_is_ended_for_real;
     word_that_comes_and_goes(60);
@@ -82,6 +83,35 @@ fn ends_without_exits() {
     let before = real_ends();
     g.expect_done();
     assert_eq!((g.count(VECTOR), real_ends() - before), (200, 100), "turned off");
+}
+
+// Long work without an exit behind each interrupt: RDI rounds.
+payload! { pv_eoi_work, 64,
+    "mov rbx, 0xfee00000",
+    "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "sti",
+    "2: mov dword ptr [rbx + 0x300], 0x40050",
+    "mov ecx, 200000",
+    "3: dec ecx",
+    "jnz 3b",
+    "dec edi",
+    "jnz 2b",
+    "out 0xed, al",
+}
+
+/// QEMU's SVM keeps an interrupt that was injected until the guest's next exit, and delivers it again when something stops the CPU before
+/// that: where it counts instructions, any timer of the machine.
+fn each_interrupt_once() {
+    if on_kvm() && tcg() {
+        skip!("QEMU delivers KVM's injected interrupts more than once");
+    }
+    let g = guest(pv_eoi_work(), Eoi::Paravirtual);
+    let rounds = 400;
+    let mut r = g.cpu.regs();
+    r.rdi = rounds;
+    g.cpu.set_regs(&r);
+    g.expect_done();
+    assert_eq!(g.count(VECTOR), rounds);
 }
 
 payload! { pv_eoi_two_at_once, 64,
