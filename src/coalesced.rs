@@ -70,23 +70,27 @@ impl Coalesced {
     }
 
     /// Puts a write into the ring. `false`: it is in no zone, or the ring is full, so userspace must see it now.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn post(&self, pio: bool, address: u64, len: u32, value: u64) -> bool {
-        if !self.any.load(Acquire) {
-            return false;
-        }
-        let zones = self.zones.read();
-        let write = Zone { pio, address, size: len.into() };
-        zones.iter().any(|zone| zone.contains(&write)) && self.add(&write, value)
+        self.any.load(Acquire) && self.add(&Zone { pio, address, size: len.into() }, value)
     }
 
     /// Whether a zone has the byte at `address`.
+    #[inline(always)]
     pub(crate) fn covers(&self, pio: bool, address: u64) -> bool {
-        let byte = Zone { pio, address, size: 1 };
-        self.any.load(Acquire) && self.zones.read().iter().any(|zone| zone.contains(&byte))
+        self.any.load(Acquire) && self.contains(&Zone { pio, address, size: 1 })
     }
 
+    #[inline(never)]
+    fn contains(&self, write: &Zone) -> bool {
+        self.zones.read().iter().any(|zone| zone.contains(write))
+    }
+
+    #[inline(never)]
     fn add(&self, write: &Zone, value: u64) -> bool {
+        if !self.contains(write) {
+            return false;
+        }
         let _adding = self.adding.lock();
         // Userspace can write both: neither leads outside of the page.
         let (first, last) = (self.ring.load::<u32>(FIRST), self.ring.load::<u32>(LAST));

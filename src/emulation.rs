@@ -296,6 +296,9 @@ impl<V: Vendor> Vcpu<V> {
             // The guest's page tables are in no memory.
             return Ok(self.emulation_failure(core));
         }
+        if let Some(done) = fault.and_then(|fault| self.store_to_device(core, fault)) {
+            return Ok(done);
+        }
         let state = &mut core.state;
         let (mut code, mut len) = ([0; 16], 0);
         if let Some(bytes) = fault.and(state.hw.instruction_bytes()) {
@@ -306,6 +309,22 @@ impl<V: Vendor> Vcpu<V> {
         }
         core.found = fault.map(|fault| Found::new(state.regs.rip, fault, (len != 0).then_some(&code)));
         self.emulate_on(core, code.get(..len).filter(|code| !code.is_empty()))
+    }
+
+    /// Carries out the instruction at RIP if it is a plain store, which needs no emulator. `None`: it is not, and nothing was done.
+    fn store_to_device(&self, core: &mut Core<V>, fault: &NestedFault) -> Option<Option<ToUser>> {
+        let (state, vm) = (&mut core.state, &*self.vm);
+        if !fault.write || state.debug.is_on() || state.regs.rflags & rflags::TF != 0 {
+            return None;
+        }
+        let found = state.device_move(fault)?;
+        let Direction::Store(value) = found.direction else { return None };
+        let (gpa, len) = (fault.gpa, found.size);
+        let taken = state.device_write(vm, gpa, len, value);
+        trace::mmio(true, gpa.0, len.into(), value);
+        self.peer.stats.count(VcpuStat::InsnEmulation);
+        state.completed(state.regs.rip.wrapping_add(found.length.into()));
+        Some((!taken).then_some(ToUser::Mmio { gpa, data: value.to_le_bytes(), len, write: true }))
     }
 
     /// Takes the guest to the handler of `event` without hardware's help.
@@ -537,6 +556,7 @@ pub(crate) fn write_time(offset: u32) -> u64 {
 
 impl<V: Vendor> State<V> {
     /// Offset into the local APIC's register window.
+    #[inline]
     fn lapic_offset(&self, gpa: Gpa) -> Option<u32> {
         let lapic = self.lapic.as_ref()?;
         let offset = gpa.0.wrapping_sub(lapic.base_gpa().0);
@@ -545,17 +565,16 @@ impl<V: Vendor> State<V> {
 
     /// An access to a device that is over at once, without process context: to the local APIC, or a write that an eventfd or a ring
     /// takes. `false`: nothing was done.
-    #[inline(never)]
+    #[inline]
     pub(crate) fn device_fast(&mut self, vm: &Vm<V>, fault: &NestedFault) -> bool {
         let own = self.lapic_offset(fault.gpa).is_some();
-        if !own && !(fault.write && vm.irq.may_post(fault.gpa)) {
-            return false;
-        }
-        let Some(code) = self.code_in_long_mode() else { return false };
-        if fault.walk || fault.execute || self.events.unfinished.is_some() || self.regs.rflags & rflags::AC != 0 {
-            return false;
-        }
-        let Some(found) = DeviceMove::of(code, &self.regs, fault.gpa.page_offset(), fault.write) else { return false };
+        (own || fault.write && vm.irq.may_post(fault.gpa)) && self.access_device(vm, fault, own)
+    }
+
+    /// `own`: it is the local APIC.
+    #[inline(never)]
+    fn access_device(&mut self, vm: &Vm<V>, fault: &NestedFault, own: bool) -> bool {
+        let Some(found) = self.device_move(fault) else { return false };
         if own {
             self.take_back();
         }
@@ -578,6 +597,15 @@ impl<V: Vendor> State<V> {
         }
         self.completed(self.regs.rip.wrapping_add(found.length.into()));
         true
+    }
+
+    /// The instruction that exited, if it is a plain move and nothing else was going on.
+    fn device_move(&self, fault: &NestedFault) -> Option<DeviceMove> {
+        let code = self.code_in_long_mode()?;
+        if fault.walk || fault.execute || self.events.unfinished.is_some() || self.regs.rflags & rflags::AC != 0 {
+            return None;
+        }
+        DeviceMove::of(code, &self.regs, fault.gpa.page_offset(), fault.write)
     }
 
     /// The bytes of the instruction that exited, if they are at hand and it is of 64-bit code.
@@ -603,15 +631,20 @@ impl<V: Vendor> State<V> {
     }
 
     /// A write to a device in the kernel. `false`: userspace has it.
-    fn device_write(&mut self, vm: &crate::vm::Vm<V>, gpa: Gpa, len: u8, value: u64) -> bool {
-        match (self.lapic_offset(gpa), &mut self.lapic) {
-            (Some(offset), Some(lapic)) => {
-                let work = lapic.mmio_write(offset, len, value, write_time(offset));
-                self.lapic_work(vm, work);
-                self.lapic_accessed(vm, offset, true);
-                true
-            }
-            _ => vm.irq.mmio_write(gpa, len, value),
+    #[inline]
+    fn device_write(&mut self, vm: &Vm<V>, gpa: Gpa, len: u8, value: u64) -> bool {
+        match self.lapic_offset(gpa) {
+            Some(offset) => self.lapic_write(vm, offset, len, value),
+            None => vm.irq.mmio_write(gpa, len, value),
         }
+    }
+
+    #[inline(never)]
+    fn lapic_write(&mut self, vm: &Vm<V>, offset: u32, len: u8, value: u64) -> bool {
+        let Some(lapic) = &mut self.lapic else { return false };
+        let work = lapic.mmio_write(offset, len, value, write_time(offset));
+        self.lapic_work(vm, work);
+        self.lapic_accessed(vm, offset, true);
+        true
     }
 }

@@ -81,10 +81,13 @@ impl Irq {
     }
 
     /// Whether an eventfd or the ring of coalesced writes may take a write to memory at `gpa`.
+    #[inline(always)]
     pub(crate) fn may_post(&self, gpa: Gpa) -> bool {
-        let wanted = |event: &Ioevent| !event.pio && event.address == gpa.0;
-        self.any_ioevents.load(Acquire) && self.ioevents.read().iter().any(wanted)
-            || self.coalesced.covers(false, gpa.0)
+        self.any_ioevents.load(Acquire) && self.has_ioevent(gpa) || self.coalesced.covers(false, gpa.0)
+    }
+
+    fn has_ioevent(&self, gpa: Gpa) -> bool {
+        self.ioevents.read().iter().any(|event| !event.pio && event.address == gpa.0)
     }
 
     /// Gives a write to its eventfd, or puts it into the ring of coalesced writes. Whether there was one with room.

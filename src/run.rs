@@ -129,12 +129,17 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// KVM_CAP_SYNC_REGS: the registers that userspace wants to see in `kvm_run`.
+    #[inline]
     fn give_registers(&self, core: &Core<V>) {
-        let page = &self.run;
-        let valid: u64 = page.load(run::KVM_VALID_REGS);
-        if valid == 0 {
-            return;
+        match self.run.load(run::KVM_VALID_REGS) {
+            0 => {}
+            valid => self.give_valid_registers(core, valid),
         }
+    }
+
+    #[inline(never)]
+    fn give_valid_registers(&self, core: &Core<V>, valid: u64) {
+        let page = &self.run;
         if valid & KVM_SYNC_X86_REGS != 0 {
             page.write(run::SYNC_REGS, &KvmRegs::from(&core.state.regs));
         }

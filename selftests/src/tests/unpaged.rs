@@ -4,7 +4,7 @@
 //! guest: the same tests run so once more.
 
 use krabtest::guest::*;
-use krabtest::harness::{on_kvm, options};
+use krabtest::harness::{on_kvm, options, tcg};
 use krabtest::ioctls::*;
 use krabtest::kvm::*;
 use krabtest::sys::{EEXIST, EINVAL};
@@ -70,6 +70,9 @@ payload! { unpaged_registers, 32,
 }
 
 fn control_registers() {
+    if on_kvm() && tcg() {
+        skip!("KVM gives LME to hardware, and QEMU's host is lost");
+    }
     // The CPU's own paging must not come from these.
     for cr4 in [0, PAE, PAE | SMEP | SMAP | 0x80] {
         for g in guests(unpaged_registers()) {
@@ -146,6 +149,9 @@ fn paging_comes_and_goes() {
 }
 
 fn pae_comes_and_goes() {
+    if on_kvm() && tcg() {
+        skip!("KVM's guest shuts down in QEMU's emulation; why is not known");
+    }
     toggle(PAE, |ram| {
         for entry in 0..2 {
             ram.write_u64(0x30_0000 + entry * 8, 0x30_1001);
