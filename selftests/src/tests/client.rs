@@ -360,6 +360,21 @@ fn moves_of_all_forms() {
         let kept = [u64::MAX << 8 | byte, u64::MAX << 16 | word, byte, word, byte, u64::MAX & !0xFF00 | byte << 8];
         assert_eq!([1, 2, 3, 4, 5, 6].map(read), kept, "round {round}");
     }
+    assert_ok!(zone(&g.vm, KVM_UNREGISTER_COALESCED_MMIO, MMIO, 4096, 0));
+    for round in 0..3 {
+        for (gpa, len, _, low) in wanted {
+            let Event::Exit(Exit::Mmio { write: true, gpa: at, len: size, data }) = g.event() else {
+                panic!("round {round}: no write to {gpa:x}");
+            };
+            let whole = match gpa - MMIO {
+                0x20 => 0x1122_3344_5566_7788_u64,
+                0x38 => -2_i64 as u64,
+                _ => low.into(),
+            };
+            assert_eq!((at, size, &data[..]), (gpa, len, &whole.to_le_bytes()[..len as usize]), "round {round}");
+        }
+        g.expect_done();
+    }
 }
 
 fn coalesced_errors() {
