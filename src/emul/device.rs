@@ -10,6 +10,7 @@ use crate::{
 };
 
 use super::{
+    alu::mask,
     decode::{decode, prefix, Instruction, Mode, NO_REGISTER, RIP},
     opcodes::{Form, Op},
 };
@@ -30,10 +31,6 @@ pub enum Direction {
     Store(u64),
     /// The device's answer goes to the low `size` bytes of the register, zero-extended.
     Load { register: u8, size: u8 },
-}
-
-const fn mask(size: u8) -> u64 {
-    u64::MAX >> ((8u8.wrapping_sub(size) & 7) * 8)
 }
 
 impl DeviceMove {

@@ -309,14 +309,9 @@ impl Io {
     /// Queues a write of 1 to 8 bytes. An instruction makes no more than fit; what does not is dropped.
     #[inline]
     fn write(&mut self, gpa: Gpa, from: &[u8]) {
-        let Some(fragment) = self.writes.get_mut(self.queued as usize) else { return };
-        fragment.gpa = gpa;
-        fragment.len = from.len() as u8;
-        fragment.data = [0; 8];
-        for (to, from) in fragment.data.iter_mut().zip(from) {
-            *to = *from;
-        }
-        self.queued = self.queued.wrapping_add(1);
+        let mut data = [0; 8];
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        self.write_number(gpa, from.len() as u8, u64::from_le_bytes(data));
     }
 
     /// Queues a write of a number's low `len` bytes, 1 to 8.
