@@ -327,6 +327,15 @@ impl Guest {
         });
     }
 
+    /// CPUID shows the local APIC's TSC deadline, which KVM_GET_SUPPORTED_CPUID leaves to userspace.
+    pub fn show_tsc_deadline(&self) {
+        const TSC_DEADLINE: u32 = 1 << 24;
+        let mut cpuid = self.cpuid.clone();
+        let n = cpuid.nent as usize;
+        cpuid.entries[..n].iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= TSC_DEADLINE);
+        self.cpu.set_cpuid(&cpuid).expect("KVM_SET_CPUID2");
+    }
+
     pub fn set_eoi(&self, mode: Eoi) {
         self.ram.write_u64(EOI_MODE, mode as u64);
     }

@@ -205,10 +205,7 @@ fn guest(code: &[u8]) -> Guest {
     if g.vm.cap(KVM_CAP_TSC_DEADLINE_TIMER) <= 0 {
         skip!("no TSC deadline");
     }
-    let mut cpuid = g.cpuid.clone();
-    let [eax, ebx, ecx, edx] = cpuid.find(1, 0).map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
-    cpuid.set(1, [eax, ebx, ecx | 1 << 24, edx]);
-    assert_ok!(g.cpu.set_cpuid(&cpuid));
+    g.show_tsc_deadline();
     g.set_eoi(Eoi::Xapic);
     // Where time passes while the machine does something else, the guest must not be late.
     g.cpu.set_regs(&kvm_regs { r15: if tcg() { 50 } else { 1 }, ..g.cpu.regs() });

@@ -271,14 +271,7 @@ fn timer_tsc_deadline() {
     }
     drop(g);
     let g = Guest::long_irqchip(ic_timer_deadline());
-    let mut c = g.cpuid.clone();
-    let n = c.nent as usize;
-    for e in &mut c.entries[..n] {
-        if e.function == 1 {
-            e.ecx |= 1 << 24;
-        }
-    }
-    assert_ok!(g.cpu.set_cpuid(&c));
+    g.show_tsc_deadline();
     g.set_eoi(Eoi::Xapic);
     g.expect_done();
     assert_eq!(g.count(0x42), 6);

@@ -381,10 +381,7 @@ fn tsc_deadline_write() -> Vec<f64> {
     if g.vm.cap(KVM_CAP_TSC_DEADLINE_TIMER) <= 0 {
         skip!("no TSC deadline timer");
     }
-    let mut c = g.cpuid.clone();
-    let n = c.nent as usize;
-    c.entries[..n].iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= 1 << 24);
-    g.cpu.set_cpuid(&c).expect("KVM_SET_CPUID2");
+    g.show_tsc_deadline();
     rounds_of(&g)
 }
 
@@ -489,10 +486,7 @@ fn halt_wake() -> Vec<f64> {
     if g.vm.cap(KVM_CAP_TSC_DEADLINE_TIMER) <= 0 {
         skip!("no TSC deadline timer");
     }
-    let mut c = g.cpuid.clone();
-    let n = c.nent as usize;
-    c.entries[..n].iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= 1 << 24);
-    g.cpu.set_cpuid(&c).expect("KVM_SET_CPUID2");
+    g.show_tsc_deadline();
     g.set_eoi(Eoi::Xapic);
     rounds_of(&g)
 }

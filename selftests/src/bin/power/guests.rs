@@ -160,10 +160,7 @@ impl Worker {
         guest.set_eoi(Eoi::Xapic);
         let tsc_khz = guest.cpu.ioctl(KVM_GET_TSC_KHZ, 0).expect("KVM_GET_TSC_KHZ") as u64;
         if deadlines {
-            let mut cpuid = guest.cpuid.clone();
-            let [eax, ebx, ecx, edx] = cpuid.find(1, 0).map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
-            cpuid.set(1, [eax, ebx, ecx | 1 << 24, edx]);
-            guest.cpu.set_cpuid(&cpuid).expect("KVM_SET_CPUID2");
+            guest.show_tsc_deadline();
             guest.ram.write_u64(PERIOD, PERIOD_MS * tsc_khz);
         }
         Self { guest, tsc_khz, thread: AtomicI32::new(0) }
