@@ -92,6 +92,17 @@ pub fn close(fd: RawFd) -> Result<()> {
     check(unsafe { libc::close(fd) } as i64).map(|_| ())
 }
 
+/// Keeps the calling thread on one CPU.
+pub fn pin(cpu: usize) -> Result<()> {
+    // SAFETY: the set lives through the call.
+    let done = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    check(done.into()).map(|_| ())
+}
+
 pub fn gettid() -> i32 {
     // SAFETY: no arguments.
     unsafe { libc::syscall(libc::SYS_gettid) as i32 }

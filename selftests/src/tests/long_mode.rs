@@ -475,12 +475,7 @@ fn rdtscp() {
         unsafe { core::arch::x86_64::__rdtscp(&mut aux) };
         aux
     };
-    // SAFETY: plain system call; keeps this thread on one CPU.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(0, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
-    }
+    let _ = krabtest::sys::pin(0);
     let before = host();
     assert_eq!(g.report(), 0x1234);
     g.expect_done();

@@ -301,16 +301,6 @@ payload! { sf_busy, 64,
     "jmp 2b",
 }
 
-/// Pins the calling thread to CPU 0.
-fn pin_to_first_cpu() {
-    // SAFETY: the set lives through the call.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(0, &mut set);
-        assert_eq!(libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set), 0);
-    }
-}
-
 /// The kernel writes CR4 without knowing of ours: bits of it come and go with PR_SET_TSC, also at every switch between a task that has it and
 /// one that has not, and with perf's permission to read counters. On a CPU that VMX was left on on, that faults.
 fn host_writes_cr4_while_running() {
@@ -324,7 +314,7 @@ fn host_writes_cr4_while_running() {
     };
     std::thread::scope(|threads| {
         threads.spawn(|| {
-            pin_to_first_cpu();
+            assert_ok!(sys::pin(0));
             for round in 0..ROUNDS {
                 set_tsc(libc::PR_TSC_SIGSEGV as libc::c_ulong);
                 if round % 64 == 0 {
@@ -339,7 +329,7 @@ fn host_writes_cr4_while_running() {
             over.store(true, Ordering::Relaxed);
         });
         threads.spawn(|| {
-            pin_to_first_cpu();
+            assert_ok!(sys::pin(0));
             while !over.load(Ordering::Relaxed) {
                 assert_err!(g.cpu.run_for(5), EINTR);
             }

@@ -433,15 +433,6 @@ fn two_threads_one_vcpu() {
     assert!(g.cpu.regs().rbx > 0);
 }
 
-fn pin(cpu: usize) -> bool {
-    // SAFETY: a local set.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) == 0
-    }
-}
-
 payload! { ss_migrate, 64,
     "mov eax, 0x1234",
     "movd xmm3, eax",
@@ -467,14 +458,14 @@ payload! { ss_migrate, 64,
 
 /// The thread wanders between CPUs, between runs and (by its own affinity) in them; the guest's TSC never runs back.
 fn migrating_thread() {
-    if !pin(1) {
+    if sys::pin(1).is_err() {
         skip!("one CPU only");
     }
     let g = Guest::long(ss_migrate());
     let end = now_ns() + 3_000_000_000;
     let mut i = 0;
     while now_ns() < end && i < 300 {
-        assert!(pin(i % 2));
+        assert_ok!(sys::pin(i % 2));
         assert_err!(g.cpu.run_for(3), EINTR);
         i += 1;
     }
@@ -524,7 +515,7 @@ fn cpu_taken_offline() {
         stop_all(&stop, threads);
     });
     for cpu in [1, 0] {
-        assert!(pin(cpu));
+        assert_ok!(sys::pin(cpu));
         let g = Guest::long(ss_hlt());
         assert_eq!(assert_ok!(g.cpu.run()), Exit::Hlt, "on CPU {cpu}");
     }

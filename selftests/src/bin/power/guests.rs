@@ -113,7 +113,7 @@ pub fn start() -> &'static [Worker] {
     let workers: &[Worker] = (0..2 * cpus).map(|index| Worker::new(index % 2 == 1)).collect::<Vec<_>>().leak();
     for (index, worker) in workers.iter().enumerate() {
         std::thread::spawn(move || {
-            pin(index / 2);
+            let _ = sys::pin(index / 2);
             worker.thread.store(sys::gettid(), Ordering::Relaxed);
             while !STOP.load(Ordering::Relaxed) {
                 match worker.guest.cpu.run() {
@@ -126,15 +126,6 @@ pub fn start() -> &'static [Worker] {
     assert!(all_run(workers, 20_000), "the guests do not run");
     println!("# guests on {cpus} CPUs");
     workers
-}
-
-fn pin(cpu: usize) {
-    // SAFETY: the set lives through the call.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set);
-    }
 }
 
 /// Whether every guest runs and takes its timer's interrupts.
